@@ -19,7 +19,7 @@ setup: packages $(VENV)/.stamp  ## Debian packages and .venv
 $(VENV)/.stamp: pyproject.toml
 	@echo "setup: creating $(VENV) with $(PYTHON)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(BIN)/pip install --quiet --disable-pip-version-check --use-pep517 --editable '.[test,lint]'
+	@$(BIN)/pip install -qq --disable-pip-version-check --use-pep517 --editable '.[test,lint]'
 	@touch $@
 
 clean:  ## remove what make made
