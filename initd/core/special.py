@@ -54,5 +54,3 @@ def inside_special(network: IPNetwork) -> bool:
     """True when every address of `network` is special; a range that only touches one is an ordinary range."""
     ranges: tuple[IPNetwork, ...] = SPECIAL4 if network.version == 4 else SPECIAL6
     return any(network.subnet_of(special) for special in ranges)  # type: ignore[arg-type]
-
-

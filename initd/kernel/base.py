@@ -30,8 +30,8 @@ class Probe:
 class Listing:
     """What the kernel holds of ours, in the kernel's own words, so that two listings compare as text.
 
-    `rules`: chain label ("ip/INITD-OUTPUT") → rules in order, without counters and handles. `sets`: set name → elements.
-    Learned sets are listed by presence only (`learned` names them); their elements change under us.
+    `rules`: chain label ("ip/INITD-OUTPUT") → rules in order, without counters and handles. `sets`: set name →
+    elements. Learned sets are listed by presence only (`learned` names them); their elements change under us.
     """
 
     rules: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
