@@ -1,0 +1,204 @@
+"""Runs: anybody, on demand. The operator's command: asks the warden over its socket, or works on a file by itself.
+
+stdout is the answer (text, or JSON with --json), stderr is for errors. Exit codes: 0 yes, 1 no (unhealthy, refused,
+failed verification), 64 usage, 69 no box is running here, otherwise the error's own (docs/fwctl.md).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import socket
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from initd import __version__, report
+from initd.core import messages
+from initd.errors import ConfigError, InitdError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+TIMEOUT = 60.0
+"""Seconds that the warden may take for one answer; a reload resolves names, a verification waits for time-outs."""
+
+USAGE = 64
+
+
+class UnavailableError(InitdError):
+    """No warden answers here (EX_UNAVAILABLE)."""
+
+    code = 69
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the exit code of sysexits.h for wrong usage."""
+
+    def error(self, message: str) -> NoReturn:
+        """Say what is wrong in one line and exit 64."""
+        self.print_usage(sys.stderr)
+        self.exit(USAGE, f"fwctl: {message}\nhint: {self.prog} --help\n")
+
+
+def parser() -> Parser:
+    """The command line; docs/fwctl.md is generated from it."""
+    top = Parser(
+        prog="fwctl",
+        description="Show, change and check what this box may reach.",
+        epilog="Exit codes: 0 yes, 1 no, 64 usage, 69 no box is running here, 70 verification, 71 kernel, 77 privilege, "
+        "78 policy or settings.",
+    )
+    top.add_argument("--version", action="version", version=f"fwctl {__version__}")
+    commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def command(name: str, summary: str, details: str = "") -> argparse.ArgumentParser:
+        one = commands.add_parser(name, help=summary, description=details or f"{summary[0].upper()}{summary[1:]}.")
+        one.add_argument("--json", action="store_true", help="print one JSON object instead of text")
+        return one
+
+    command("status", "show mode, backend, policy, guard and warnings")
+    command(
+        "reload",
+        "put the policy file into force, without restarting anything",
+        "Read the policy file, and put it into force as a whole. A bad file changes nothing. Unchanged entries are never "
+        "closed, not even for a moment; connections to what was removed are closed and listed. From a session that may "
+        "write the policy file only a narrower policy is accepted; run it as root to widen.",
+    )
+    check = command("check", "check a policy file; needs no running box")
+    check.add_argument("file", nargs="?", metavar="FILE", help="default: the box's own policy file; - reads stdin")
+    test = command("test", "say what would happen to a connection, and which line decides")
+    test.add_argument("target", metavar="HOST[:PORT]", help="a name or an address; port 443 when left out")
+    command("health", "check that the box is ready, enforced and usable; exit 1 says no")
+    command("verify", "try, as the session user, that the unlisted is refused and the listed answers")
+    command("version", "print the version")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = parser().parse_args(argv)
+    try:
+        answer, code = COMMANDS[arguments.command](arguments)
+        text = json.dumps(answer) if arguments.json else report.TEXT[arguments.command](answer, color=_color())
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+    except InitdError as error:
+        return _fail(error, as_json=arguments.json)
+    except BrokenPipeError:
+        # The reader went away (head, a pager): python would complain again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + 13
+    except KeyboardInterrupt:
+        return 128 + 2
+    return code
+
+
+def _fail(error: InitdError, *, as_json: bool) -> int:
+    if as_json:
+        sys.stdout.write(json.dumps({"error": error.message, "hint": error.hint, "code": error.code}) + "\n")
+    else:
+        sys.stderr.write(f"fwctl: {error}\n")
+    return error.code
+
+
+def _color() -> bool:
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
+
+
+def _status(_: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    return ask("status"), 0
+
+
+def _reload(_: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    return ask("reload"), 0
+
+
+def _test(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    answer = ask("test", target=arguments.target)
+    return answer, 0 if answer["allowed"] else 1
+
+
+def _health(_: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    try:
+        answer = ask("health")
+    except UnavailableError as error:
+        answer = {"healthy": False, "checks": [{"name": "warden", "ok": False, "detail": error.message}]}
+    return answer, 0 if answer["healthy"] else 1
+
+
+def _verify(_: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    answer = ask("verify")
+    return answer, 0 if answer["verified"] else 1
+
+
+def _version(_: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    return {"version": __version__}, 0
+
+
+def _check(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    """Parse a file with the same parser and the same reader as the boot does."""
+    from initd.core import policy  # noqa: PLC0415 - the other commands need not pay for it
+    from initd.files import read_regular  # noqa: PLC0415
+    from initd.settings import load  # noqa: PLC0415
+
+    name = arguments.file or str(load(os.environ).policy)
+    raw = sys.stdin.buffer.read(policy.MAX_BYTES + 1) if name == "-" else read_regular(Path(name), policy.MAX_BYTES)
+    try:
+        parsed = policy.parse(policy.decode(raw, file=name), file=name)
+    except policy.PolicyError as error:
+        if not arguments.json:
+            raise
+        issues = [
+            {"line": one.line, "column": one.column, "reason": one.reason, "hint": one.hint} for one in error.issues
+        ]
+        return {"file": name, "valid": False, "issues": issues}, ConfigError.code
+    return {"file": name, "valid": True, "issues": [], **report.size_of(parsed)}, 0
+
+
+COMMANDS: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], int]]] = {
+    "status": _status,
+    "reload": _reload,
+    "check": _check,
+    "test": _test,
+    "health": _health,
+    "verify": _verify,
+    "version": _version,
+}
+
+
+def ask(op: str, **fields: str) -> dict[str, Any]:
+    """One request to the warden. Raises UnavailableError, or the error that the warden answered with."""
+    path = Path(os.environ.get("INITD_RUN_DIR") or "/run/initd") / "control.sock"
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            sock.settimeout(TIMEOUT)
+            sock.connect(str(path))
+            sock.sendall(messages.request(op, **fields))
+            with sock.makefile("rb") as lines:
+                line = lines.readline(messages.MAX_MESSAGE + 1)
+        answer = json.loads(line)
+    except (FileNotFoundError, ConnectionRefusedError) as error:
+        raise UnavailableError(f"no box is running here ({path})", hint=_why_not(path.parent)) from error
+    except TimeoutError as error:
+        raise UnavailableError(f"the warden did not answer within {TIMEOUT:.0f} s", hint="see the box's log") from error
+    except (OSError, ValueError) as error:
+        hint = "it may be restarting: try again, and see the box's log"
+        raise UnavailableError(f"the warden closed the connection: {error}", hint=hint) from error
+    if answer["ok"]:
+        return dict(answer["result"])
+    failure = InitdError(answer["error"]["message"], hint=answer["error"]["hint"])
+    failure.code = answer["error"]["code"]
+    raise failure
+
+
+def _why_not(run_dir: Path) -> str:
+    try:
+        return f"the start failed: {(run_dir / 'failed').read_text(encoding='utf-8').strip()}"
+    except OSError:
+        return "start it with `docker compose up -d`, and see `docker compose logs` if it does not stay up"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+"""Answers as text: what `fwctl` prints when nobody asked for JSON. Pure: dictionaries in, strings out."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from initd.core.policy import Policy
+
+GREEN, RED, YELLOW, BOLD, PLAIN = "\x1b[32m", "\x1b[31m", "\x1b[33m", "\x1b[1m", "\x1b[0m"
+
+MANY = 20
+"""Lines of one list that are shown; the rest is counted."""
+
+
+def size_of(policy: Policy) -> dict[str, int]:
+    """How many entries of which kind a policy holds."""
+    return {
+        "names": sum(not rule.wildcard for rule in policy.names),
+        "wildcards": sum(rule.wildcard for rule in policy.names),
+        "ranges": len(policy.ranges),
+        "feeds": len(policy.feeds),
+        "exceptions": len(policy.denials),
+    }
+
+
+def status(answer: dict[str, Any], *, color: bool) -> str:
+    """The page one looks at."""
+    policy, guard, rules = answer["policy"], answer["guard"], answer["rules"]
+    state = _paint("enforcing" if answer["ready"] else "starting", GREEN if answer["ready"] else YELLOW, color=color)
+    lines = [
+        f"{state}  backend {answer['backend']}, up {_span(answer['uptime'])}, warden started {answer['generation']}x",
+        f"policy    {policy['file']} ({policy['source']}): {_sizes(policy)}",
+        f"rules     {rules['static']} static, {rules['private']} private, {rules['learned']} learned elements",
+        f"guard     {guard['queries']} queries, {guard['from_cache']} from cache, {guard['refused']} refused, "
+        f"{guard['leases']} leases; upstream p50 {guard['p50']} ms, p99 {guard['p99']} ms",
+        f"upstream  {', '.join(guard['upstreams']) or 'none'}",
+        "refused   " + (", ".join(f"{value} {key}" for key, value in answer["refused"].items()) or "nothing yet"),
+    ]
+    if last := answer["last_reload"]:
+        lines.append(
+            f"reload    {_span(last['ago'])} ago: +{last['added']} -{last['removed']}, closed {last['closed']}"
+        )
+    lines += [f"{_paint('warning', YELLOW, color=color)}   {text}" for text in answer["warnings"]]
+    return "\n".join(lines)
+
+
+def reload(answer: dict[str, Any], *, color: bool) -> str:
+    """What changed, and what was closed by it."""
+    lines = [_paint(f"reloaded in {answer['ms']:.0f} ms", GREEN, color=color) + f": {_sizes(answer['policy'])}"]
+    for key, mark in (("added", "+"), ("removed", "-"), ("closed", "closed ")):
+        lines += _bounded([f"  {mark}{text}" for text in answer[key]], answer[f"{key}_total"])
+    if not answer["added_total"] and not answer["removed_total"]:
+        lines.append("  nothing changed")
+    lines += [f"{_paint('warning', YELLOW, color=color)}: {text}" for text in answer["warnings"]]
+    return "\n".join(lines)
+
+
+def check(answer: dict[str, Any], *, color: bool) -> str:
+    """A valid file; an invalid one is an error and never gets here as text."""
+    return f"{answer['file']}: {_paint('valid', GREEN, color=color)}: {_sizes(answer)}"
+
+
+def test(answer: dict[str, Any], *, color: bool) -> str:
+    """The decision, and the line it comes from."""
+    allowed = answer["allowed"]
+    word = _paint("allowed" if allowed else "refused", GREEN if allowed else RED, color=color)
+    lines = [f"{answer['target']}: {word}: {answer['reason']}"]
+    lines += [
+        f"  line {one['line']}: {one['text']}" + (f" (from {one['preset']})" if one["preset"] else "")
+        for one in answer["lines"]
+    ]
+    return "\n".join(lines)
+
+
+def checks(answer: dict[str, Any], *, color: bool) -> str:
+    """A list of checks, each with what was seen."""
+    good = answer.get("healthy", answer.get("verified"))
+    words = ("healthy", "unhealthy") if "healthy" in answer else ("verified", "NOT verified")
+    lines = [_paint(words[0] if good else words[1], GREEN if good else RED, color=color)]
+    for one in answer["checks"]:
+        mark = _paint("ok  ", GREEN, color=color) if one["ok"] else _paint("FAIL", RED, color=color)
+        lines.append(f"  {mark} {one['name']}: {one['detail']}")
+    return "\n".join(lines)
+
+
+def version(answer: dict[str, Any], *, color: bool) -> str:  # noqa: ARG001 - one signature for all
+    """The version alone, fit for a script."""
+    return f"fwctl {answer['version']}"
+
+
+TEXT: dict[str, Callable[..., str]] = {
+    "status": status,
+    "reload": reload,
+    "check": check,
+    "test": test,
+    "health": checks,
+    "verify": checks,
+    "version": version,
+}
+
+
+def _paint(text: str, code: str, *, color: bool) -> str:
+    return f"{code}{text}{PLAIN}" if color else text
+
+
+def _bounded(lines: list[str], total: int) -> list[str]:
+    shown = lines[:MANY]
+    return [*shown, f"  … and {total - len(shown)} more"] if total > len(shown) else shown
+
+
+def _sizes(answer: dict[str, Any]) -> str:
+    words = [f"{answer[key]} {key}" for key in ("names", "wildcards", "ranges", "feeds", "exceptions") if answer[key]]
+    return ", ".join(words) or "empty: nothing may be reached"
+
+
+def _span(seconds: float) -> str:
+    """A duration in its two largest units."""
+    left, words = int(seconds), []
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
+        if left >= size:
+            words.append(f"{left // size}{unit}")
+            left %= size
+    if len(words) < 2:
+        words.append(f"{left}s")
+    return " ".join(words[:2])

@@ -1,0 +1,88 @@
+"""Runs: warden. What is in force, written down: for people (`/run/initd`), and for the next start (`/var/lib/initd`).
+
+TOML by tomli-w, replaced atomically (write, rename), readable by all: it holds nothing that a session may not know.
+A document that cannot be read back is ignored with a reason, never trusted in part.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tomllib
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import tomli_w
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+FORMAT = 1
+LIMIT = 16 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """The policy in force as text, where it came from, the feeds' ranges, the upstream resolvers and the leases."""
+
+    policy: str
+    source: str
+    saved: float
+    upstreams: tuple[str, ...] = ()
+    feeds: dict[str, list[str]] = field(default_factory=dict)
+    leases: dict[str, Any] = field(default_factory=dict)
+
+
+def save(state: State, path: Path) -> None:
+    """Replace the document at `path`; raises OSError, and then the old one is still there."""
+    document = {
+        "format": FORMAT,
+        "saved": state.saved,
+        "source": state.source,
+        "upstreams": list(state.upstreams),
+        "policy": state.policy,
+        "feeds": state.feeds,
+        "leases": state.leases,
+    }
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            tomli_w.dump(document, file, multiline_strings=True)
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            temporary.unlink()
+
+
+def load(path: Path) -> State | None:
+    """The document at `path`; None when there is none. Raises ValueError when it is not one of ours."""
+    try:
+        with path.open("rb") as file:
+            raw = file.read(LIMIT + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise ValueError(f"cannot be read: {error.strerror}") from error
+    if len(raw) > LIMIT:
+        raise ValueError(f"larger than {LIMIT} bytes")
+    try:
+        data = tomllib.loads(raw.decode())
+        if data["format"] != FORMAT:
+            raise ValueError(f"format {data['format']!r} is not {FORMAT}")
+        return State(
+            policy=_typed(data, "policy", str),
+            source=_typed(data, "source", str),
+            saved=float(data["saved"]),
+            upstreams=tuple(map(str, data["upstreams"])),
+            feeds={str(key): [str(one) for one in value] for key, value in _typed(data, "feeds", dict).items()},
+            leases=_typed(data, "leases", dict),
+        )
+    except (KeyError, TypeError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ValueError(f"not a state document: {error}") from error
+
+
+def _typed(data: dict[str, Any], key: str, kind: type) -> Any:
+    if not isinstance(data[key], kind):
+        raise TypeError(f"{key} is not a {kind.__name__}")
+    return data[key]
