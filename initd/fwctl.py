@@ -47,8 +47,8 @@ def parser() -> Parser:
     top = Parser(
         prog="fwctl",
         description="Show, change and check what this box may reach.",
-        epilog="Exit codes: 0 yes, 1 no, 64 usage, 69 no box is running here, 70 verification, 71 kernel, 77 privilege, "
-        "78 policy or settings.",
+        epilog="Exit codes: 0 yes, 1 no, 64 usage, 69 no box is running here, 70 verification, 71 kernel, "
+        "77 privilege, 78 policy or settings.",
     )
     top.add_argument("--version", action="version", version=f"fwctl {__version__}")
     commands = top.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -62,9 +62,9 @@ def parser() -> Parser:
     command(
         "reload",
         "put the policy file into force, without restarting anything",
-        "Read the policy file, and put it into force as a whole. A bad file changes nothing. Unchanged entries are never "
-        "closed, not even for a moment; connections to what was removed are closed and listed. From a session that may "
-        "write the policy file only a narrower policy is accepted; run it as root to widen.",
+        "Read the policy file, and put it into force as a whole. A bad file changes nothing. Unchanged entries are "
+        "never closed, not even for a moment; connections to what was removed are closed and listed. From a "
+        "session that may write the policy file only a narrower policy is accepted; run it as root to widen.",
     )
     check = command("check", "check a policy file; needs no running box")
     check.add_argument("file", nargs="?", metavar="FILE", help="default: the box's own policy file; - reads stdin")

@@ -34,8 +34,10 @@ def status(answer: dict[str, Any], *, color: bool) -> str:
         f"{state}  backend {answer['backend']}, up {_span(answer['uptime'])}, warden started {answer['generation']}x",
         f"policy    {policy['file']} ({policy['source']}): {_sizes(policy)}",
         f"rules     {rules['static']} static, {rules['private']} private, {rules['learned']} learned elements",
-        f"guard     {guard['queries']} queries, {guard['from_cache']} from cache, {guard['refused']} refused, "
-        f"{guard['leases']} leases; upstream p50 {guard['p50']} ms, p99 {guard['p99']} ms",
+        (
+            f"guard     {guard['queries']} queries, {guard['from_cache']} from cache, {guard['refused']} refused, "
+            f"{guard['leases']} leases; upstream p50 {guard['p50']} ms, p99 {guard['p99']} ms"
+        ),
         f"upstream  {', '.join(guard['upstreams']) or 'none'}",
         "refused   " + (", ".join(f"{value} {key}" for key, value in answer["refused"].items()) or "nothing yet"),
     ]

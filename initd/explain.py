@@ -1,0 +1,86 @@
+"""Runs: warden, on demand. What would happen to a connection, and which line of the policy decides."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from ipaddress import ip_address
+from typing import TYPE_CHECKING, Any
+
+from initd.core.policy import Service, Verdict
+from initd.core.special import special_of
+from initd.errors import ConfigError
+
+if TYPE_CHECKING:
+    from initd.core.policy import Lookup, Origin
+    from initd.core.ruleset import IPAddress, Membership
+
+REASONS = {
+    Verdict.DENIED: "an exception line says never",
+    Verdict.PARENT: "not listed, only names below it are",
+    Verdict.UNLISTED: "not listed",
+}
+
+
+def explain(target: str, lookup: Lookup, allowed: Membership) -> dict[str, Any]:
+    """The decision on HOST[:PORT][/PROTO] as a dictionary: target, allowed, reason, lines.
+
+    `allowed` is what the kernel holds (static, private and learned), so that an address learned from a name counts.
+    Raises ConfigError for a target that cannot be read.
+    """
+    host, service = parse_target(target)
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return _name(host, service, lookup)
+    return _address(address, service, lookup, allowed)
+
+
+def parse_target(target: str) -> tuple[str, Service]:
+    """HOST[:PORT][/PROTO], IPv6 in brackets when a port follows; TCP 443 when nothing is said."""
+    rest, _, proto = target.strip().partition("/")
+    host, port = rest, ""
+    if rest.startswith("["):
+        host, _, port = rest[1:].partition("]")
+        port = port.removeprefix(":")
+    elif rest.count(":") == 1:
+        host, _, port = rest.partition(":")
+    if proto not in {"", "tcp", "udp"} or not host or (port and not port.isdecimal()):
+        raise ConfigError(
+            f"{target!r} is not HOST[:PORT]", hint="for example github.com:443, [2001:db8::1]:22, db:53/udp"
+        )
+    number = int(port or 443)
+    if not 0 < number < 65536:
+        raise ConfigError(f"{target!r}: a port is 1 to 65535")
+    return host.lower().rstrip("."), Service(proto or "tcp", number)
+
+
+def _name(host: str, service: Service, lookup: Lookup) -> dict[str, Any]:
+    decision = lookup.decide(host)
+    if decision.verdict is not Verdict.LISTED:
+        return _answer(host, service, reason=REASONS[decision.verdict], lines=decision.origins)
+    if service not in decision.services:
+        ports = ", ".join(sorted(f"{one.port}/{one.proto}" for one in decision.services))
+        return _answer(host, service, reason=f"listed, but only for {ports}", lines=decision.origins)
+    return _answer(host, service, allowed=True, reason="listed", lines=decision.origins)
+
+
+def _address(address: IPAddress, service: Service, lookup: Lookup, allowed: Membership) -> dict[str, Any]:
+    origins = lookup.decide_address(address, service)
+    if allowed.holds(address, service.proto, service.port):
+        reason = "listed" if origins else "an address of a listed name or feed"
+        return _answer(str(address), service, allowed=True, reason=reason, lines=origins)
+    special = special_of(address)
+    reason = f"in the special range {special}, and not listed" if special else "not listed"
+    return _answer(str(address), service, reason=reason, lines=origins)
+
+
+def _answer(
+    host: str, service: Service, *, allowed: bool = False, reason: str, lines: tuple[Origin, ...]
+) -> dict[str, Any]:
+    shown = f"[{host}]" if ":" in host else host
+    return {
+        "target": f"{shown}:{service.port}/{service.proto}",
+        "allowed": allowed,
+        "reason": reason,
+        "lines": [asdict(origin) for origin in lines],
+    }

@@ -1,0 +1,57 @@
+"""Runs: warden, once. What the keeper hands over: open descriptors, the generation, and the channel back to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from initd.errors import PrivilegeError
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+
+@dataclass(frozen=True, slots=True)
+class Handover:
+    """`sockets` by name (docs/architecture.md); `resolv` is the descriptor of /etc/resolv.conf, or None."""
+
+    generation: int
+    sockets: Mapping[str, socket.socket]
+    resolv: int | None
+    keeper: socket.socket
+
+    @property
+    def resuming(self) -> bool:
+        """A warden was here before: rules are in force, and sessions may be using them."""
+        return self.generation > 1
+
+
+def take_over(environ: Mapping[str, str]) -> Handover:
+    """Read the variables that the keeper sets; they are removed from `os.environ` by whoever starts a process."""
+    try:
+        descriptors = {
+            name: int(number) for name, number in (pair.split("=") for pair in environ["INITD_FDS"].split(",") if pair)
+        }
+        keeper = socket.socket(fileno=int(environ["INITD_KEEPER_FD"]))
+        generation = int(environ["INITD_GENERATION"])
+        resolv = descriptors.pop("resolv", None)
+        sockets = {name: socket.socket(fileno=number) for name, number in descriptors.items()}
+    except (KeyError, ValueError, OSError) as error:
+        raise PrivilegeError(
+            f"the warden is started by the keeper only ({error!r})", hint="run `initd`, see `initd --help`"
+        ) from error
+    for descriptor in (keeper.fileno(), *([] if resolv is None else [resolv]), *(s.fileno() for s in sockets.values())):
+        os.set_inheritable(descriptor, False)
+    keeper.setblocking(False)
+    return Handover(generation, sockets, resolv, keeper)
+
+
+def tell(keeper: socket.socket, event: str, **fields: Any) -> None:
+    """Send one message to the keeper; a full or closed channel loses it, the heartbeat shows that soon enough."""
+    try:
+        keeper.send(json.dumps({"event": event, **fields}).encode())
+    except (BlockingIOError, ConnectionError):
+        return

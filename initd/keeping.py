@@ -1,0 +1,72 @@
+"""Runs: warden, always. The warden's side of its channel to the keeper: probes to run, the word to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+from typing import TYPE_CHECKING, Any
+
+from initd.errors import EnforcementError
+from initd.handover import tell
+
+if TYPE_CHECKING:
+    from initd.handover import Handover
+    from initd.logs import Log
+
+PROBE_SECONDS = 40.0
+"""The keeper bounds a probe to 30 s; then something is wrong with the keeper itself."""
+
+PACKET = 256 * 1024
+
+
+class Keeping:
+    """Sends requests to the keeper and hands its answers to whoever waits for them."""
+
+    def __init__(self, handover: Handover, *, log: Log) -> None:
+        self.generation = handover.generation
+        self.stopping = asyncio.Event()
+        self._channel = handover.keeper
+        self._log = log
+        self._ids = itertools.count(1)
+        self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        asyncio.get_running_loop().add_reader(self._channel, self._receive)
+
+    def tell(self, event: str, **fields: Any) -> None:
+        """Send one event; losing it is harmless."""
+        tell(self._channel, event, **fields)
+
+    async def probe(self, plan: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+        """Run one probe as the session user; EnforcementError when it could not be run."""
+        number = next(self._ids)
+        future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self._waiting[number] = future
+        self.tell("probe", id=number, plan=plan)
+        try:
+            async with asyncio.timeout(PROBE_SECONDS):
+                answer = await future
+        except TimeoutError as error:
+            raise EnforcementError("the verification gave no answer", hint="see the box's log") from error
+        finally:
+            del self._waiting[number]
+        if answer.get("code") != 0 or not isinstance(answer.get("result"), dict):
+            raise EnforcementError(f"the verification could not run (exit code {answer.get('code')})")
+        return answer["result"]
+
+    def _receive(self) -> None:
+        try:
+            packet = self._channel.recv(PACKET)
+        except BlockingIOError:
+            return
+        except ConnectionError:
+            packet = b""
+        if not packet:
+            # The keeper is gone. Rules and guard go on without it; there is nobody left to restart us.
+            asyncio.get_running_loop().remove_reader(self._channel)
+            self._log.error("keeper.lost")
+            return
+        message = json.loads(packet)
+        if message["event"] == "stop":
+            self.stopping.set()
+        elif message["event"] == "probe" and (future := self._waiting.get(message["id"])) and not future.done():
+            future.set_result(message)

@@ -1,0 +1,181 @@
+"""Runs: warden, always. What is in force now, and the only ways to change it.
+
+Every change goes the same way: compile, enforce in the backend's own thread, tell the guard, take what was revoked out
+of the learned set and out of open connections. Changes queue behind one lock; one that fails leaves the old policy in
+force.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ParamSpec, TypeVar
+
+from initd.core.policy import Feed, changes, widens
+from initd.core.ruleset import Context, Membership, compile_ruleset
+from initd.errors import PrivilegeError
+from initd.kernel import conntrack
+from initd.network import neighbourhood
+from initd.resolve import Resolution, resolve_names
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from initd.core.policy import Lookup, Policy
+    from initd.core.ruleset import Endpoint, IPNetwork, Ruleset
+    from initd.dnsguard import DnsGuard
+    from initd.enforce import Enforcer
+    from initd.kernel.base import Backend
+    from initd.logs import Log
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What `Live` works with; `warden_uid` is the UID whose packets may reach the upstream resolvers."""
+
+    backend: Backend
+    enforcer: Enforcer
+    guard: DnsGuard
+    warden_uid: int
+    log: Log
+
+
+@dataclass(frozen=True, slots=True)
+class InForce:
+    """One policy with what follows from it; replaced as a whole. `source` is "file" or "defaults"."""
+
+    policy: Policy
+    source: str
+    lookup: Lookup
+    ruleset: Ruleset
+
+
+@dataclass(frozen=True, slots=True)
+class Reloaded:
+    """What a reload did: canonical entries added and removed, connections closed, names without an answer."""
+
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+    closed: tuple[str, ...]
+    failed: dict[str, str]
+    seconds: float
+    at: float = field(default_factory=time.time)
+
+
+class Live:
+    """The policy in force. `put` and `reload` change it; everything else only looks."""
+
+    def __init__(self, parts: Parts, upstreams: Iterable[Endpoint]) -> None:
+        self.parts = parts
+        self.upstreams = frozenset(upstreams)
+        self.feeds: dict[Feed, tuple[IPNetwork, ...]] = {}
+        self.now: InForce | None = None
+        self.last_reload: Reloaded | None = None
+        self._changing = asyncio.Lock()
+        # python-iptables must not be entered twice, and pyroute2's sync sockets not from a running loop.
+        self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="netfilter")
+
+    @property
+    def in_force(self) -> InForce:
+        """The policy in force; there is one from the first `put` on."""
+        if self.now is None:
+            raise PrivilegeError("no policy is in force yet", hint="the box is still starting")
+        return self.now
+
+    async def in_worker(self, step: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Run one backend call in the backend's thread."""
+        return await asyncio.get_running_loop().run_in_executor(self._worker, lambda: step(*args, **kwargs))
+
+    async def put(self, policy: Policy, source: str) -> tuple[str, ...]:
+        """Put `policy` into force; returns the connections that it closed, as text."""
+        async with self._changing:
+            return await self._put(policy, source)
+
+    async def refresh(self) -> tuple[str, ...]:
+        """Compile and enforce again: upstream resolvers, feeds or the namespace's networks have changed."""
+        return await self.put(self.in_force.policy, self.in_force.source)
+
+    async def reload(self, policy: Policy, source: str, *, may_widen: bool, within: float) -> Reloaded:
+        """Put `policy` into force and resolve what is new, all within `within` seconds of resolving."""
+        started = time.monotonic()
+        async with self._changing:
+            old = self.in_force.policy
+            wider = widens(old, policy)
+            if wider and not may_widen:
+                raise PrivilegeError(
+                    f"this session may write the policy file, so it may only narrow the policy; new: {wider[0]}",
+                    hint="ask a person to run `docker compose exec claude fwctl reload` from the host",
+                )
+            change = changes(old, policy)
+            closed = await self._put(policy, source)
+            fresh = set(literal_names(policy)) - set(literal_names(old))
+            resolution = await self.resolve(fresh, within=within)
+            self.last_reload = Reloaded(
+                added=change.added,
+                removed=change.removed,
+                closed=closed,
+                failed=dict(resolution.failed),
+                seconds=time.monotonic() - started,
+            )
+        self.parts.log.info(
+            "policy.reloaded",
+            added=len(change.added),
+            removed=len(change.removed),
+            closed=len(closed),
+            ms=round(self.last_reload.seconds * 1000, 1),
+        )
+        return self.last_reload
+
+    async def resolve(self, names: Iterable[str], *, within: float) -> Resolution:
+        """Resolve `names` through the guard, so that their addresses are in the learned set."""
+        resolution = await resolve_names(names, self.parts.guard.resolve, within=within)
+        for name, reason in sorted(resolution.failed.items()):
+            self.parts.log.warning("name.unresolved", name=name, reason=reason)
+        return resolution
+
+    async def _put(self, policy: Policy, source: str) -> tuple[str, ...]:
+        lookup = policy.lookup()
+        ruleset = self._compile(policy)
+        if self.now is None or ruleset != self.now.ruleset:
+            started = time.monotonic()
+            await self.in_worker(self.parts.enforcer.enforce, ruleset)
+            self.parts.log.info(
+                "rules.applied",
+                backend=self.parts.backend.name,
+                entries=len(ruleset.static) + len(ruleset.private),
+                ms=round((time.monotonic() - started) * 1000, 1),
+            )
+        first, self.now = self.now is None, InForce(policy, source, lookup, ruleset)
+        self.parts.backend.forget(self.parts.guard.set_policy(lookup.decide))
+        return () if first else await self.in_worker(self._cut, ruleset)
+
+    def _compile(self, policy: Policy) -> Ruleset:
+        around = neighbourhood()
+        feeds = {**self.feeds, Feed.HOST: around.gateways, Feed.SUBNET: around.subnets}
+        context = Context(warden_uid=self.parts.warden_uid, upstreams=self.upstreams, subnets=frozenset(around.subnets))
+        return compile_ruleset(policy.ranges, policy.feeds, feeds, context)
+
+    def _cut(self, ruleset: Ruleset) -> tuple[str, ...]:
+        """Close every outgoing connection that `ruleset` and the learned set no longer allow."""
+        flows = conntrack.outgoing()
+        if not flows:
+            return ()
+        allowed = Membership([*ruleset.static, *ruleset.private, *self.parts.backend.learned()])
+        upstream = {(endpoint.address, endpoint.port) for endpoint in self.upstreams}
+        revoked = [
+            flow
+            for flow in flows
+            if not allowed.holds(flow.destination, flow.proto, flow.dport)
+            and (flow.destination, flow.dport) not in upstream
+        ]
+        return tuple(str(flow) for flow in conntrack.cut(revoked))
+
+
+def literal_names(policy: Policy) -> list[str]:
+    """The names that can be asked for as they stand; wildcards are learned when somebody asks."""
+    return [rule.name for rule in policy.names if not rule.wildcard]

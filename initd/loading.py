@@ -1,0 +1,69 @@
+"""Runs: warden, at start and at reload. The policy file as it is on disk, and who could change it."""
+
+from __future__ import annotations
+
+import os
+import stat
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from initd.core import policy
+from initd.core.presets import DEFAULT_POLICY
+from initd.files import read_regular
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from initd.core.policy import Policy
+    from initd.settings import Settings
+
+DEFAULTS = "built-in defaults"
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A parsed policy and where it came from: the file's path, or `DEFAULTS`."""
+
+    policy: Policy
+    source: str
+
+
+def load_policy(settings: Settings) -> Loaded:
+    """The policy file, or the defaults when there is none; ConfigError with every bad line otherwise."""
+    path = settings.policy
+    if not os.path.lexists(path):
+        return Loaded(policy.parse(DEFAULT_POLICY, file=DEFAULTS), DEFAULTS)
+    name = str(path)
+    text = policy.decode(read_regular(path, policy.MAX_BYTES), file=name)
+    return Loaded(policy.parse(text, file=name), name)
+
+
+def writable_by(path: Path, uid: int, gid: int) -> str | None:
+    """How the user `uid`:`gid` (no other groups, no capabilities) could change the file at `path`; None when not.
+
+    The file itself, or a directory on the way that lets it be replaced or renamed. A mount point cannot be renamed
+    (rename(2), EBUSY), so the walk ends there: this is what makes the read-only mount of the compose file hold.
+    """
+    for place in (path, *path.parents):
+        try:
+            status = place.lstat()
+        except FileNotFoundError:
+            continue
+        except OSError:
+            return None  # a directory on the way is closed to us, and to a session more so
+        if stat.S_ISLNK(status.st_mode):
+            return f"{place} is a symbolic link"
+        read_only = os.statvfs(place).f_flag & os.ST_RDONLY
+        if not read_only and _may_write(status, uid, gid):
+            return f"{place} is writable for UID {uid}"
+        if place.is_mount():
+            return None
+    return None
+
+
+def _may_write(status: os.stat_result, uid: int, gid: int) -> bool:
+    """An owner may always chmod first; a sticky directory protects what belongs to somebody else (inode(7))."""
+    if status.st_uid == uid:
+        return True
+    bit = stat.S_IWGRP if status.st_gid == gid else stat.S_IWOTH
+    return bool(status.st_mode & bit) and not status.st_mode & stat.S_ISVTX

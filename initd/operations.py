@@ -1,0 +1,129 @@
+"""Runs: warden, on request. What each operation of the control socket does; who may do it is decided here."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from initd import __version__, verify
+from initd.core.ruleset import Membership
+from initd.explain import explain
+from initd.health import examine
+from initd.loading import load_policy, writable_by
+from initd.report import size_of
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from initd.control import Peer
+    from initd.core.messages import Request
+    from initd.keeping import Keeping
+    from initd.live import Live
+    from initd.settings import Settings
+
+RESOLVE_SECONDS = 5.0
+"""How long a reload waits for the addresses of new names; they go on being tried afterwards."""
+
+SHOWN = 200
+"""Entries of one list in an answer; the totals are always complete."""
+
+
+class Operations:
+    """Carries out requests against `live`; `keeping` runs probes as the session user."""
+
+    def __init__(self, settings: Settings, live: Live, keeping: Keeping) -> None:
+        self._settings = settings
+        self._live = live
+        self._keeping = keeping
+        self._started = time.monotonic()
+        self._operations: dict[str, Callable[[Request, Peer], Awaitable[dict[str, Any]]]] = {
+            "status": self._status,
+            "reload": self._reload,
+            "test": self._test,
+            "verify": self._verify,
+            "health": self._health,
+        }
+
+    async def handle(self, request: Request, peer: Peer) -> dict[str, Any]:
+        """Carry out one validated request."""
+        return await self._operations[request.op](request, peer)
+
+    def warnings(self) -> list[str]:
+        """What the operator should know, in words."""
+        how = self._writable()
+        words = [f"a session can change its own policy: {how}; mount it read-only"] if how else []
+        return [*words, *self._live.parts.enforcer.missing]
+
+    def _writable(self) -> str | None:
+        return writable_by(self._settings.policy, self._settings.claude_uid, self._settings.claude_gid)
+
+    async def _status(self, _request: Request, _peer: Peer) -> dict[str, Any]:
+        live = self._live
+        now, guard = live.in_force, live.parts.guard.stats()
+        learned = live.parts.backend.learned()
+        counters = await live.in_worker(live.parts.backend.counters)
+        last = live.last_reload
+        return {
+            "version": __version__,
+            "ready": (self._settings.run_dir / "ready").exists(),
+            "mode": "enforce",
+            "backend": live.parts.backend.name,
+            "uptime": round(time.monotonic() - self._started, 1),
+            "generation": self._keeping.generation,
+            "user": {"uid": self._settings.claude_uid, "gid": self._settings.claude_gid},
+            "policy": {"file": str(self._settings.policy), "source": now.source, **size_of(now.policy)},
+            "rules": {
+                "static": len(now.ruleset.static),
+                "private": len(now.ruleset.private),
+                "learned": len(learned),
+            },
+            "guard": {**asdict(guard), "upstreams": [str(one) for one in guard.upstreams]},
+            "refused": dict(counters.refused),
+            "last_reload": last
+            and {
+                "ago": round(time.time() - last.at, 1),
+                "added": len(last.added),
+                "removed": len(last.removed),
+                "closed": len(last.closed),
+            },
+            "warnings": self.warnings(),
+        }
+
+    async def _reload(self, _request: Request, peer: Peer) -> dict[str, Any]:
+        loaded = load_policy(self._settings)
+        may_widen = peer.uid == 0 or self._writable() is None
+        done = await self._live.reload(loaded.policy, loaded.source, may_widen=may_widen, within=RESOLVE_SECONDS)
+        lists = {key: getattr(done, key) for key in ("added", "removed", "closed")}
+        return {
+            "policy": size_of(loaded.policy),
+            "ms": round(done.seconds * 1000, 1),
+            **{key: list(value[:SHOWN]) for key, value in lists.items()},
+            **{f"{key}_total": len(value) for key, value in lists.items()},
+            "warnings": [
+                *(f"{name} does not resolve: {reason}" for name, reason in list(done.failed.items())[:SHOWN]),
+                *self.warnings(),
+            ],
+        }
+
+    async def _test(self, request: Request, _peer: Peer) -> dict[str, Any]:
+        now = self._live.in_force
+        held = Membership([*now.ruleset.static, *now.ruleset.private, *self._live.parts.backend.learned()])
+        return explain(request.fields["target"], now.lookup, held)
+
+    async def _verify(self, _request: Request, _peer: Peer) -> dict[str, Any]:
+        checks = await self.verify()
+        return {
+            "verified": not verify.failed(checks, fatal=True),
+            "checks": [{"name": one.name, "ok": one.ok, "detail": one.detail, "fatal": one.fatal} for one in checks],
+        }
+
+    async def verify(self) -> tuple[verify.Check, ...]:
+        """Try as the session user; EnforcementError when the probe itself could not run."""
+        now = self._live.in_force
+        plan = verify.plan(now.policy, now.lookup, sorted(self._live.upstreams), guard="127.0.0.1")
+        return verify.judge(await self._keeping.probe(plan))
+
+    async def _health(self, _request: Request, _peer: Peer) -> dict[str, Any]:
+        checks = await examine(self._settings, self._live)
+        return {"healthy": all(one["ok"] for one in checks), "checks": checks}

@@ -1,0 +1,103 @@
+"""The control socket with real connections: who asks is known, what is malformed is answered once."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+
+from initd.control import Control, Peer
+from initd.core import messages
+from initd.errors import ConfigError
+
+
+async def handle(request: messages.Request, peer: Peer) -> dict[str, Any]:
+    if request.op == "reload":
+        raise ConfigError("bad file", hint="mend it")
+    if request.op == "verify":
+        raise RuntimeError("a bug")
+    if request.op == "health":
+        await asyncio.sleep(0.05)
+    return {"op": request.op, "uid": peer.uid, "pid": peer.pid}
+
+
+async def serve(path: Path) -> Control:
+    listener = socket.socket(socket.AF_UNIX)
+    listener.bind(str(path))
+    listener.listen()
+    control = Control(handle, log=structlog.get_logger())
+    await control.start(listener)
+    return control
+
+
+async def talk(path: Path, *frames: bytes) -> list[dict]:
+    reader, writer = await asyncio.open_unix_connection(str(path), limit=1 << 20)
+    for frame in frames:
+        writer.write(frame)
+    writer.write_eof()
+    lines = [json.loads(line) async for line in reader]
+    writer.close()
+    return lines
+
+
+def converse(tmp_path: Path, *frames: bytes) -> list[dict]:
+    async def both() -> list[dict]:
+        control = await serve(tmp_path / "s")
+        try:
+            return await talk(tmp_path / "s", *frames)
+        finally:
+            await control.stop()
+
+    return asyncio.run(both())
+
+
+def test_the_peer_is_the_kernels_word(tmp_path: Path) -> None:
+    (answer,) = converse(tmp_path, messages.request("status"))
+    assert answer == {"ok": True, "result": {"op": "status", "uid": os.getuid(), "pid": os.getpid()}}
+
+
+def test_several_requests_on_one_connection(tmp_path: Path) -> None:
+    answers = converse(tmp_path, messages.request("health"), messages.request("status"))
+    assert [one["result"]["op"] for one in answers] == ["health", "status"]
+
+
+@pytest.mark.parametrize("frame", [b"hello\n", b'{"op":"x"}\n', b"[" * 5000 + b"\n", b"x" * 70_000 + b"\n", b"\0\n"])
+def test_malformed_input_is_answered_once_and_closed(tmp_path: Path, frame: bytes) -> None:
+    answers = converse(tmp_path, frame, messages.request("status"))
+    assert len(answers) == 1
+    assert answers[0]["ok"] is False
+    assert answers[0]["error"]["code"] == 64
+
+
+def test_errors_keep_their_code_and_hint(tmp_path: Path) -> None:
+    (answer,) = converse(tmp_path, messages.request("reload"))
+    assert answer["error"] == {"message": "bad file", "hint": "mend it", "code": 78}
+
+
+def test_a_bug_in_one_request_ends_neither_the_warden_nor_the_connection(tmp_path: Path) -> None:
+    answers = converse(tmp_path, messages.request("verify"), messages.request("status"))
+    assert [one["ok"] for one in answers] == [False, True]
+
+
+def test_connections_are_bounded(tmp_path: Path) -> None:
+    async def flood() -> tuple[list[bytes], list[dict]]:
+        control = await serve(tmp_path / "s")
+        crowd = [await asyncio.open_unix_connection(str(tmp_path / "s")) for _ in range(40)]
+        await asyncio.sleep(0.05)
+        turned_away = [await reader.readline() for reader, _ in crowd[32:]]
+        for _, writer in crowd:
+            writer.close()
+        await asyncio.sleep(0.05)
+        after = await talk(tmp_path / "s", messages.request("status"))
+        await control.stop()
+        return turned_away, after
+
+    turned_away, after = asyncio.run(flood())
+    assert all(b"too many connections" in line for line in turned_away)
+    assert after[0]["ok"]
