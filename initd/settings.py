@@ -6,7 +6,6 @@ mistyped variable must not quietly leave a default in force.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -109,11 +108,9 @@ def _choice(*words: str) -> Callable[[Any], str]:
 
 def _seconds(least: float, most: float) -> Callable[[Any], float]:
     def parse(value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-            raise ValueError(f"{value!r} is not a number of seconds")
         try:
-            number = float(value)
-        except (ValueError, OverflowError):
+            number = float("nothing" if isinstance(value, bool) else value)
+        except (TypeError, ValueError, OverflowError):
             raise ValueError(f"{value!r} is not a number of seconds (no unit, as in 60 or 0.5)") from None
         if not least <= number <= most:  # not a number fails both
             raise ValueError(f"{value} is not between {_text(least)} and {_text(most)} seconds")
@@ -164,12 +161,7 @@ def load(environ: Mapping[str, str]) -> Settings:
     """The settings that `environ` and the file it names describe. Raises ConfigError with every problem in it."""
     problems = _Problems()
     written = _from_file(environ, problems)
-    for variable in sorted(
-        set(environ) - PROTOCOL - {SETTINGS_VARIABLE, *(field.variable for field in FIELDS.values())}
-    ):
-        if variable.startswith("INITD_"):
-            known = [field.variable for field in FIELDS.values()] + [SETTINGS_VARIABLE]
-            problems.add(variable, "unknown variable", _closest(variable, known) or 'see docs/policy.md, "Settings"')
+    _refuse_unknown(environ, problems)
     values: dict[str, Any] = {}
     places: dict[str, str] = {}
     for name, field in FIELDS.items():
@@ -188,6 +180,13 @@ def load(environ: Mapping[str, str]) -> Settings:
     if problems.lines:
         raise ConfigError("\n".join(problems.lines))
     return Settings(**values)
+
+
+def _refuse_unknown(environ: Mapping[str, str], problems: _Problems) -> None:
+    known = {SETTINGS_VARIABLE, *(field.variable for field in FIELDS.values())}
+    for variable in sorted(set(environ) - known - PROTOCOL):
+        if variable.startswith("INITD_"):
+            problems.add(variable, "unknown variable", _closest(variable, known) or "docs/policy.md lists the settings")
 
 
 def settings_file(environ: Mapping[str, str]) -> Path | None:
@@ -239,19 +238,19 @@ def _settle_identity(values: dict[str, Any], places: Mapping[str, str], problems
             values[name] = _owner(values["workspace"], attribute, where, problems)
     uid, user = values.get("claude_uid"), values.get("warden_user")
     if isinstance(uid, int) and isinstance(user, str) and uid == _uid_of(user):
-        problems.add(
-            places.get("claude_uid", "CLAUDE_UID"), f"{uid} is the warden's own user ({user})", "choose another"
-        )
+        where = places.get("claude_uid", "CLAUDE_UID")
+        problems.add(where, f"{uid} is the warden's own user ({user})", "sessions need another one")
 
 
 def _owner(workspace: Path, attribute: str, where: str, problems: _Problems) -> int:
     try:
-        owner = int(getattr(os.stat(workspace), attribute))
+        owner = int(getattr(workspace.stat(), attribute))
     except OSError as error:
         problems.add(where, f"'auto' needs {workspace}: {error.strerror}", "mount the workspace, or set a number")
         return MAX_ID
     if owner == 0:
-        problems.add(where, f"'auto', but {workspace} belongs to root", "set the number of the user who owns the files")
+        who = "root" if attribute == "st_uid" else "root's group"
+        problems.add(where, f"'auto', but {workspace} belongs to {who}", "set the number that your files belong to")
     return owner
 
 
@@ -270,7 +269,7 @@ def _uid_of(user: str) -> int | None:
 def _closest(word: str, words: Iterable[str]) -> str | None:
     from difflib import get_close_matches  # noqa: PLC0415 - only on the way to an error
 
-    close = get_close_matches(word, list(words), n=1, cutoff=0.6)
+    close = get_close_matches(word, sorted(words), n=1, cutoff=0.6)
     return f"did you mean {close[0]}?" if close else None
 
 
