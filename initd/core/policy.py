@@ -6,91 +6,289 @@ The grammar is documented in docs/policy.md. Nothing here resolves, reads or log
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import Enum
-from ipaddress import IPv4Network, IPv6Network
+from ipaddress import IPv4Network, IPv6Network, collapse_addresses
+from typing import TYPE_CHECKING
 
-IPNetwork = IPv4Network | IPv6Network
+from initd.core.entries import (
+    DEFAULT_SERVICES,
+    Decision,
+    Denial,
+    Feed,
+    FeedRule,
+    IPNetwork,
+    Issue,
+    NameRule,
+    Origin,
+    PolicyError,
+    RangeRule,
+    Service,
+    Verdict,
+)
+from initd.core.grammar import FaultError, parse_entry
+from initd.core.lookup import Lookup
+from initd.core.presets import DEFAULTS
 
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
 
-@dataclass(frozen=True, slots=True, order=True)
-class Service:
-    """A transport protocol ("tcp" or "udp") and a destination port (1-65535)."""
+    from initd.core.grammar import Entry
 
-    proto: str
-    port: int
+__all__ = [
+    "DEFAULT_POLICY",
+    "DEFAULT_SERVICES",
+    "MAX_BYTES",
+    "MAX_LINES",
+    "Decision",
+    "Denial",
+    "Feed",
+    "FeedRule",
+    "IPNetwork",
+    "Issue",
+    "Lookup",
+    "NameRule",
+    "Origin",
+    "Policy",
+    "PolicyChange",
+    "PolicyError",
+    "RangeRule",
+    "Service",
+    "Verdict",
+    "changes",
+    "decode",
+    "dump",
+    "parse",
+    "widens",
+]
 
+FILE = "allowed-domains.txt"
 
-DEFAULT_SERVICES: frozenset[Service] = frozenset(Service("tcp", port) for port in (22, 80, 443))
+MAX_BYTES = 1 << 20
+MAX_LINES = 100_000
 
-
-@dataclass(frozen=True, slots=True, order=True)
-class Origin:
-    """Where an entry was written: 1-based line, its text without comment, and the preset it came through."""
-
-    line: int
-    text: str
-    preset: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class NameRule:
-    """`name` in lower case A-label form without the trailing dot; a wildcard covers names below it only."""
-
-    name: str
-    wildcard: bool
-    services: frozenset[Service]
-    origin: Origin
-
-
-@dataclass(frozen=True, slots=True)
-class RangeRule:
-    """A network, or a single address as /32 or /128."""
-
-    network: IPNetwork
-    services: frozenset[Service]
-    origin: Origin
-
-
-@dataclass(frozen=True, slots=True)
-class Denial:
-    """`!name` or `!*.name`: never resolved, even if another line allows it. `!name` also covers names below it."""
-
-    name: str
-    wildcard: bool
-    origin: Origin
-
-
-class Feed(Enum):
-    """Ranges that are only known at run time; the preset that asks for them has the same name."""
-
-    GITHUB = "github"  # api.github.com/meta: web, api, git
-    HOST = "host"  # the container's default gateways
-    SUBNET = "subnet"  # the container's own directly connected networks
-
-
-@dataclass(frozen=True, slots=True)
-class FeedRule:
-    """`services` of whatever networks the feed yields."""
-
-    feed: Feed
-    services: frozenset[Service]
-    origin: Origin
-
-
-class Verdict(Enum):
-    """What the DNS guard and `fwctl test` make of a name."""
-
-    LISTED = "listed"
-    DENIED = "denied"  # an exception line says never
-    PARENT = "parent"  # not listed, but something below it is: answer NOERROR/empty
-    UNLISTED = "unlisted"
+DEFAULT_POLICY = "".join(f"{entry}\n" for entry in DEFAULTS)
+"""The text that is in force when there is no policy file."""
 
 
 @dataclass(frozen=True, slots=True)
-class Decision:
-    """The verdict on one name, the union of the services of every rule that matched, and the lines that decided."""
+class Policy:
+    """What may be reached. Each tuple is sorted and free of duplicates.
 
-    verdict: Verdict
-    services: frozenset[Service]
-    origins: tuple[Origin, ...]
-    literal: bool  # matched by its own name, not only by a wildcard
+    Of rules that say the same, the one written first is kept; the others are in `repeats`, so that a decision can
+    name every line it comes from.
+    """
+
+    names: tuple[NameRule, ...] = ()
+    ranges: tuple[RangeRule, ...] = ()
+    denials: tuple[Denial, ...] = ()
+    feeds: tuple[FeedRule, ...] = ()
+    repeats: tuple[Entry, ...] = ()
+
+    def lookup(self) -> Lookup:
+        """Prepare decisions; costs microseconds a rule, so make it once a policy."""
+        rules = [*self.names, *self.denials, *self.ranges, *self.repeats]
+        return Lookup(
+            [rule for rule in rules if isinstance(rule, NameRule)],
+            [rule for rule in rules if isinstance(rule, Denial)],
+            [rule for rule in rules if isinstance(rule, RangeRule)],
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class PolicyChange:
+    """Entries in canonical text, sorted: what a new policy has and an old one has not, and the reverse."""
+
+    added: tuple[str, ...]
+    removed: tuple[str, ...]
+
+
+def decode(raw: bytes, *, file: str = FILE) -> str:
+    """The text of a policy file: UTF-8 with or without a BOM. Raises PolicyError with line and column."""
+    if len(raw) > MAX_BYTES:
+        raise _whole(file, f"larger than {MAX_BYTES >> 20} MiB", "list ranges or wildcards instead of single entries")
+    if raw.startswith((b"\xff\xfe", b"\xfe\xff")):
+        raise _whole(file, "UTF-16, not UTF-8", "save the file as UTF-8")
+    if raw.count(b"\n") >= MAX_LINES and raw.rstrip(b"\n").count(b"\n") >= MAX_LINES:
+        raise _whole(file, f"more than {MAX_LINES} lines", "list ranges or wildcards instead of single entries")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        # The offsets of utf-8-sig do not count the BOM.
+        good = error.object[: error.start].decode("utf-8-sig", "replace")
+        raise _at(file, good, f"byte 0x{error.object[error.start]:02x} is not UTF-8") from error
+    if "\0" in text:
+        raise _at(file, text[: text.index("\0")], "NUL byte: this is not a text file")
+    return text
+
+
+def _whole(file: str, reason: str, hint: str) -> PolicyError:
+    return PolicyError((Issue(file, 1, 1, reason, hint),))
+
+
+def _at(file: str, before: str, reason: str) -> PolicyError:
+    line = before.count("\n") + 1
+    column = len(before) - (before.rfind("\n") + 1) + 1
+    return PolicyError((Issue(file, line, column, reason, "save the file as plain UTF-8 text"),))
+
+
+def parse(text: str, *, file: str = FILE) -> Policy:
+    """The policy that `text` describes. Raises PolicyError with an Issue for every bad line; never half a policy."""
+    entries: list[Entry] = []
+    issues: list[Issue] = []
+    for number, line in enumerate(text.removeprefix("\ufeff").split("\n"), 1):
+        content = line.partition("#")[0]
+        if not (entry := content.strip(" \t\r")):
+            continue
+        try:
+            entries += parse_entry(entry, Origin(number, entry))
+        except FaultError as fault:
+            start = content.index(entry)
+            column = start + max(entry.find(fault.fragment), 0) + 1
+            issues.append(Issue(file, number, column, fault.reason, fault.hint))
+    if issues:
+        raise PolicyError(tuple(issues))
+    return _policy(entries)
+
+
+def _policy(entries: Iterable[Entry]) -> Policy:
+    first: dict[tuple[str, frozenset[Service]], Entry] = {}
+    repeats = [one for one in entries if first.setdefault((subject(one), services_of(one)), one) is not one]
+    rules = first.values()
+    return Policy(
+        names=tuple(
+            sorted(
+                (rule for rule in rules if isinstance(rule, NameRule)),
+                key=lambda rule: (rule.name, rule.wildcard, sorted(rule.services)),
+            )
+        ),
+        ranges=tuple(
+            sorted(
+                (rule for rule in rules if isinstance(rule, RangeRule)),
+                key=lambda rule: (rule.network.version, rule.network, sorted(rule.services)),
+            )
+        ),
+        denials=tuple(
+            sorted(
+                (rule for rule in rules if isinstance(rule, Denial)),
+                key=lambda rule: (rule.name, rule.wildcard),
+            )
+        ),
+        feeds=tuple(
+            sorted(
+                (rule for rule in rules if isinstance(rule, FeedRule)),
+                key=lambda rule: (rule.feed.value, sorted(rule.services)),
+            )
+        ),
+        repeats=tuple(repeats),
+    )
+
+
+def dump(policy: Policy) -> str:
+    """The policy in canonical text, one entry a line; `parse` makes an equivalent policy of it.
+
+    A policy with the ranges of `@github` has its names too, so that the preset's name says nothing new.
+    """
+    return "".join(f"{line}\n" for line in _lines(_grants(policy)))
+
+
+def changes(old: Policy, new: Policy) -> PolicyChange:
+    """What differs, entry by entry, exceptions included; an entry with one more port shows that port alone."""
+    before, after = _grants(old), _grants(new)
+    return PolicyChange(added=_lines(_minus(after, before)), removed=_lines(_minus(before, after)))
+
+
+def widens(old: Policy, new: Policy) -> tuple[str, ...]:
+    """What `new` lets through and `old` does not, as entries; empty when `new` only narrows.
+
+    Exact for names: every name is judged like one that either policy mentions, or like any other name directly
+    below the nearest of these, and both kinds are compared. A feed's ranges are unknown here, so a feed covers
+    nothing but itself.
+    """
+    before, after = old.lookup(), new.lookup()
+    wider: dict[str, frozenset[Service]] = {}
+    mentioned = {rule.name for policy in (old, new) for rule in policy.names}
+    mentioned |= {rule.name for policy in (old, new) for rule in policy.denials}
+    for name in mentioned:
+        for one in (name, f"*.{name}"):
+            if extra := after.decide(one).services - before.decide(one).services:
+                wider[one] = extra
+    wider |= _wider_ranges(old, new)
+    known = {(rule.feed, service) for rule in old.feeds for service in rule.services}
+    for feed in new.feeds:
+        if extra := frozenset(one for one in feed.services if (feed.feed, one) not in known):
+            wider[subject(feed)] = wider.get(subject(feed), frozenset()) | extra
+    return _lines(wider)
+
+
+def _wider_ranges(old: Policy, new: Policy) -> dict[str, frozenset[Service]]:
+    wider: dict[str, frozenset[Service]] = {}
+    for service in sorted({service for rule in new.ranges for service in rule.services}):
+        covered = _collapsed(rule.network for rule in old.ranges if service in rule.services)
+        for rule in new.ranges:
+            if service in rule.services and not _covered(rule.network, covered):
+                wider[subject(rule)] = wider.get(subject(rule), frozenset()) | {service}
+    return wider
+
+
+def _collapsed(networks: Iterable[IPNetwork]) -> frozenset[IPNetwork]:
+    every = list(networks)
+    four = collapse_addresses(one for one in every if isinstance(one, IPv4Network))
+    six = collapse_addresses(one for one in every if isinstance(one, IPv6Network))
+    return frozenset((*four, *six))
+
+
+def _covered(network: IPNetwork, by: frozenset[IPNetwork]) -> bool:
+    return any(network.supernet(new_prefix=length) in by for length in range(network.prefixlen, -1, -1))
+
+
+# ---- canonical text
+
+
+def subject(rule: Entry) -> str:
+    """What a rule is about, without services: `github.com`, `*.example.org`, `192.0.2.1`, `@host`, `!name`."""
+    if isinstance(rule, RangeRule):
+        network = rule.network
+        return str(network.network_address if network.prefixlen == network.max_prefixlen else network)
+    if isinstance(rule, FeedRule):
+        return f"@{rule.feed.value}"
+    name = f"*.{rule.name}" if rule.wildcard else rule.name
+    return f"!{name}" if isinstance(rule, Denial) else name
+
+
+def services_of(rule: Entry) -> frozenset[Service]:
+    """The services of a rule; none for an exception."""
+    return frozenset() if isinstance(rule, Denial) else rule.services
+
+
+def _grants(policy: Policy) -> dict[str, frozenset[Service]]:
+    grants: dict[str, frozenset[Service]] = {}
+    rules: list[Entry] = [*policy.names, *policy.ranges, *policy.feeds, *policy.denials]
+    for rule in rules:
+        about = subject(rule)
+        grants[about] = grants.get(about, frozenset()) | services_of(rule)
+    return grants
+
+
+def _minus(
+    grants: Mapping[str, frozenset[Service]], other: Mapping[str, frozenset[Service]]
+) -> dict[str, frozenset[Service]]:
+    return {
+        about: services - other.get(about, frozenset())
+        for about, services in grants.items()
+        if about not in other or services - other[about]
+    }
+
+
+def _lines(grants: Mapping[str, frozenset[Service]]) -> tuple[str, ...]:
+    return tuple(sorted(line for about, services in grants.items() for line in _entry(about, services)))
+
+
+def _entry(about: str, services: frozenset[Service]) -> list[str]:
+    if about.startswith("!") or services == DEFAULT_SERVICES:
+        return [about]
+    host = f"[{about}]" if ":" in about else about
+    ports = {proto: sorted(one.port for one in services if one.proto == proto) for proto in ("tcp", "udp")}
+    return [
+        f"{host}:{','.join(map(str, numbers))}{'' if proto == 'tcp' else '/udp'}"
+        for proto, numbers in ports.items()
+        if numbers
+    ]
