@@ -1,0 +1,187 @@
+"""The rules of the xtables backend as data: order and meaning of docs/architecture.md ("Rules"), once for all readers.
+
+A `Rule` says itself in the words of iptables-save(8), and in steps that python-iptables can take. Pure.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_network
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from initd.core.ruleset import Endpoint, IPAddress, IPNetwork, Ruleset
+
+HOOKS = {"OUTPUT": "INITD-OUTPUT", "INPUT": "INITD-INPUT", "FORWARD": "INITD-FORWARD"}
+"""Built-in chain → ours, hooked first in it."""
+
+ENGINE_DNS = IPv4Network("127.0.0.11/32")
+"""Docker's embedded resolver. Its DNAT has already rewritten port 53 when filter OUTPUT runs."""
+
+NFLOG_GROUP = 1
+NFLOG_PREFIX = "initd"
+
+Options = tuple[tuple[str, tuple[str, ...]], ...]
+"""Parameters of a match or target in the order in which iptables-save prints them; "!" first in a value negates it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """One rule; what is None is not asked about."""
+
+    target: str
+    options: Options = ()
+    source: IPNetwork | None = None
+    destination: IPNetwork | None = None
+    inside: str | None = None  # -i
+    outside: str | None = None  # -o
+    proto: str | None = None
+    matches: tuple[tuple[str, Options], ...] = ()
+
+    def text(self, chain: str) -> str:
+        """The line that iptables-save prints for it."""
+        words = ["-A", chain]
+        for flag, value in (
+            ("-s", self.source), ("-d", self.destination), ("-i", self.inside), ("-o", self.outside), ("-p", self.proto)
+        ):  # fmt: skip
+            if value is not None:
+                words += [flag, str(value)]
+        for name, options in self.matches:
+            words += ["-m", name, *_words(options)]
+        return " ".join([*words, "-j", self.target, *_words(self.options)])
+
+
+Chains = dict[str, tuple[Rule, ...]]
+"""Chain name → its rules, in order."""
+
+
+def _words(options: Options) -> Iterator[str]:
+    for name, value in options:
+        if value and value[0] == "!":
+            yield "!"
+        yield f"--{name}"
+        yield from (word for word in value if word != "!")
+
+
+def set_name(version: int, kind: str) -> str:
+    """The name of a set of ours: `kind` is static, private, special or learned."""
+    return f"initd{version}-{kind}"
+
+
+def hooks() -> Chains:
+    """The one rule of ours that each built-in chain begins with."""
+    return {builtin: (Rule(own),) for builtin, own in HOOKS.items()}
+
+
+def lockdown(version: int, warden_uid: int) -> Chains:
+    """Nothing but loopback, and 127.0.0.11 for the warden only."""
+    discovery = _discovery(version)
+    engine: list[Rule] = []
+    if version == 4:
+        engine = [_owned(warden_uid, destination=ENGINE_DNS), *_reject(4, destination=ENGINE_DNS)]
+    return {
+        HOOKS["OUTPUT"]: (*discovery, *engine, Rule("ACCEPT", outside="lo"), *_reject(version)),
+        HOOKS["INPUT"]: (Rule("ACCEPT", inside="lo"), *discovery, *_reject(version)),
+        HOOKS["FORWARD"]: _reject(version),
+    }
+
+
+def chains(version: int, ruleset: Ruleset) -> Chains:
+    """All of our chains of one family for `ruleset`."""
+    output = (
+        *_discovery(version),
+        *_warden(version, ruleset),
+        *(_owned(0, proto=proto, port=53) for proto in ("udp", "tcp") if ruleset.engine_dns),
+        *(_reject(4, destination=ENGINE_DNS) if version == 4 else ()),
+        Rule("ACCEPT", outside="lo"),
+        *_tracked(version),
+        Rule("ACCEPT", matches=(_in_set(version, "private"),)),
+        *_reject(version, matches=(_in_set(version, "special"), _in_set(version, "learned", negated=True))),
+        Rule("ACCEPT", matches=(_in_set(version, "learned"),)),
+        Rule("ACCEPT", matches=(_in_set(version, "static"),)),
+        *((_LOG,) if ruleset.log else ()),
+        *_reject(version),
+    )
+    subnets = sorted(_of(version, ruleset.subnets), key=lambda net: (int(net.network_address), net.prefixlen))
+    inbound = (
+        Rule("ACCEPT", inside="lo"),
+        *_discovery(version),
+        *_tracked(version),
+        *(Rule("ACCEPT", source=subnet) for subnet in subnets),
+        *_reject(version),
+    )
+    return {HOOKS["OUTPUT"]: output, HOOKS["INPUT"]: inbound, HOOKS["FORWARD"]: _reject(version)}
+
+
+_LOG = Rule(
+    "NFLOG",
+    (("nflog-prefix", (NFLOG_PREFIX,)), ("nflog-group", (str(NFLOG_GROUP),))),
+    matches=(("limit", (("limit", ("10/sec",)),)),),
+)
+
+
+def _discovery(version: int) -> tuple[Rule, ...]:
+    if version == 4:
+        return ()
+    return tuple(
+        Rule("ACCEPT", proto="ipv6-icmp", matches=(("icmp6", (("icmpv6-type", (str(kind),)),)),))
+        for kind in (133, 134, 135, 136)  # RFC 4861: solicitation and advertisement of routers and neighbours
+    )
+
+
+def _warden(version: int, ruleset: Ruleset) -> Iterator[Rule]:
+    uid = ruleset.warden_uid
+    engine = IPv4Address("127.0.0.11")
+    upstreams: list[Endpoint] = sorted(
+        (one for one in ruleset.upstreams if one.address.version == version), key=lambda one: (one.address, one.port)
+    )
+    for address in dict.fromkeys(one.address for one in upstreams if one.address == engine):
+        yield _owned(uid, destination=_single(address))
+    for upstream in upstreams:
+        if upstream.address != engine:
+            for proto in ("udp", "tcp"):
+                yield _owned(uid, destination=_single(upstream.address), proto=proto, port=upstream.port)
+    for address in sorted((one for one in ruleset.fetch if one.version == version), key=int):
+        yield _owned(uid, destination=_single(address), proto="tcp", port=443)
+
+
+def _owned(uid: int, *, destination: IPNetwork | None = None, proto: str | None = None, port: int = 0) -> Rule:
+    # Never by mark: NET_RAW is enough to set one (SO_MARK), a socket's owner cannot be forged.
+    matches: list[tuple[str, Options]] = [("owner", (("uid-owner", (str(uid),)),))]
+    if proto:
+        matches.append((proto, (("dport", (str(port),)),)))
+    return Rule("ACCEPT", destination=destination, proto=proto, matches=tuple(matches))
+
+
+def _tracked(version: int) -> tuple[Rule, Rule]:
+    icmp = "icmp" if version == 4 else "ipv6-icmp"
+    return (
+        Rule("ACCEPT", matches=(("conntrack", (("ctstate", ("ESTABLISHED",)),)),)),
+        Rule("ACCEPT", proto=icmp, matches=(("conntrack", (("ctstate", ("RELATED",)),)),)),
+    )
+
+
+def _in_set(version: int, kind: str, *, negated: bool = False) -> tuple[str, Options]:
+    direction = "dst" if kind == "special" else "dst,dst"
+    value = (set_name(version, kind), direction)
+    return "set", (("match-set", ("!", *value) if negated else value),)
+
+
+def _reject(
+    version: int, *, destination: IPNetwork | None = None, matches: tuple[tuple[str, Options], ...] = ()
+) -> tuple[Rule, Rule]:
+    prohibited = "icmp-admin-prohibited" if version == 4 else "icmp6-adm-prohibited"
+    return (
+        Rule("REJECT", (("reject-with", ("tcp-reset",)),), proto="tcp", destination=destination, matches=matches),
+        Rule("REJECT", (("reject-with", (prohibited,)),), destination=destination, matches=matches),
+    )
+
+
+def _single(address: IPAddress) -> IPNetwork:
+    return ip_network(address)
+
+
+def _of(version: int, networks: Iterable[IPNetwork]) -> Iterator[IPv4Network | IPv6Network]:
+    return (network for network in networks if network.version == version)
