@@ -1,0 +1,228 @@
+"""The nftables backend: one `inet` table of our own, replaced in one transaction through libnftables.
+
+Runs: `_initd`, in the warden, with NET_ADMIN. libnftables writes rules and static sets; learned elements go over
+netlink (`nftelements`), the read-back takes elements from there too and rules from libnftables' listing, which comes
+from the kernel's bytecode and not from what was written.
+
+The table has no owner (`flags owner`): the owner is one netlink socket (nft_table_lookup(), nlpid), and then `learn`,
+which has to go on while another thread applies, could not have a socket of its own. Its flush by somebody else with
+NET_ADMIN is found by `read`; emptied chains fall to their policy, which is drop.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import threading
+from ipaddress import IPv4Network
+from typing import TYPE_CHECKING
+
+from initd.core.ruleset import Element
+from initd.errors import KernelError
+from initd.kernel import libnftables, nftelements, nftlisting, nftrules
+from initd.kernel.base import Counters, Listing, Probe
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+
+    from initd.core.ruleset import Ruleset
+
+TABLE = f"inet {nftelements.TABLE}"
+_REFRESH_TRIES = 5
+
+_TRIALS: dict[str, tuple[str, str]] = {
+    "ipv4": ("ip daddr 192.0.2.1 accept", "IPv4 filtering"),
+    "ipv6": ("ip6 daddr 2001:db8::1 accept", "IPv6 filtering"),
+    "sets": ("ip daddr . meta l4proto . th dport @ranges accept", "interval sets of concatenations (kernel 5.6)"),
+    "timeouts": ("ip daddr @timed accept", "sets with time-outs"),
+    "owner": ("meta skuid 1 accept", "matching a packet's user (meta skuid)"),
+    "conntrack": ("ct state established accept", "connection tracking"),
+    "reject": ("meta l4proto 6 reject with tcp reset; add rule {} reject with icmpx admin-prohibited", "reject"),
+    "nflog": ("limit rate 10/second log group 1", "NFLOG: refusals cannot be explained"),
+    "nfqueue": ("queue num 1 bypass", "NFQUEUE"),
+}
+"""Capability → the rule that needs it and how its absence reads."""
+_TRIAL_SETS = {
+    "sets": "ranges { type ipv4_addr . inet_proto . inet_service; flags interval; }",
+    "timeouts": "timed { type ipv4_addr; flags timeout; }",
+}
+_NEEDED = frozenset(_TRIALS) - {"nflog", "nfqueue"}
+
+
+def _skeleton() -> Iterator[str]:
+    """The table, counters, sets and chains; nothing changes where they are there already."""
+    yield f"add table {TABLE}"
+    yield from (f"add counter {TABLE} {name}" for name in nftrules.COUNTERS)
+    yield from (f"add set {TABLE} {name} {{ {definition} }}" for name, definition in nftrules.set_types())
+    for name, hook in nftrules.CHAINS.items():
+        yield f"add chain {TABLE} {name}" + (f" {{ {hook} }}" if hook else "")
+
+
+def _rules(rules: nftrules.Rules) -> Iterator[str]:
+    yield f"flush table {TABLE}"  # rules only; sets keep their elements (nft(8))
+    for chain, lines in rules.items():
+        yield from (f"add rule {TABLE} {chain} {line}" for line in lines)
+
+
+def _special() -> Iterator[str]:
+    for name, networks in nftrules.special_sets().items():
+        if nftelements.networks(name) != networks:
+            yield f"flush set {TABLE} {name}"
+            yield f"add element {TABLE} {name} {{ {', '.join(networks)} }}"
+
+
+def _text(element: Element) -> str:
+    return f"{element.network} . {nftelements.PROTOCOLS[element.proto]} . {element.port}"
+
+
+def _difference(name: str, wanted: Iterable[Element]) -> Iterator[str]:
+    """Commands that take the set from what the kernel holds to `wanted`, unchanged elements untouched.
+
+    Not flush and add: until 6.17 a lookup between the generation's change and the new match table of nft_set_pipapo
+    finds neither the old element nor the new one.
+    """
+    keys = {nftelements.key_of(element): element for element in wanted}
+    there = nftelements.held(name)
+    gone = [nftelements.element_of(key) for key in there - keys.keys()]
+    new = [_text(keys[key]) for key in keys.keys() - there]
+    if None in gone:  # somebody else's ranges: not worth a vocabulary
+        yield f"flush set {TABLE} {name}"
+        new = [_text(element) for element in keys.values()]
+    elif gone:
+        yield f"delete element {TABLE} {name} {{ {', '.join(_text(element) for element in gone if element)} }}"
+    if new:
+        yield f"add element {TABLE} {name} {{ {', '.join(new)} }}"
+
+
+def _wanted(ruleset: Ruleset) -> Iterator[tuple[str, frozenset[Element]]]:
+    for kind, elements in (("static", ruleset.static), ("private", ruleset.private)):
+        for version, members in nftrules.merged(elements).items():
+            yield f"initd{version}-{kind}", members
+
+
+class Nftables:
+    """`initd.kernel.base.Backend` over nf_tables, kernel 5.6 or newer."""
+
+    name = "nftables"
+
+    def __init__(self) -> None:
+        self._channel = nftelements.Channel()
+        self._lock = threading.Lock()  # learn and forget share the channel
+
+    def probe(self) -> Probe:
+        """Each feature as a transaction of its own that the kernel judges and aborts: nothing stays behind.
+
+        Raises PrivilegeError without NET_ADMIN: then nothing was found out.
+        """
+        failed: dict[str, str] = {}
+        for name, (trial, what) in _TRIALS.items():
+            try:
+                self._try(name, trial)
+            except KernelError as error:
+                failed[name] = f"{what} ({error.message})"
+        usable = not failed.keys() & _NEEDED
+        return Probe(self.name, usable, {name: name not in failed for name in _TRIALS}, tuple(failed.values()))
+
+    @staticmethod
+    def _try(name: str, trial: str) -> None:
+        chain = "inet initd-probe trial"
+        hook = "{ type filter hook output priority 0; policy accept; }"
+        commands = ["add table inet initd-probe", f"add chain {chain} {hook}"]
+        if name in _TRIAL_SETS:
+            commands.append(f"add set inet initd-probe {_TRIAL_SETS[name]}")
+        libnftables.run("\n".join([*commands, f"add rule {chain} {trial.format(chain)}"]), dry=True)
+
+    def lockdown(self, warden_uid: int) -> None:
+        """Our table anew, whatever it was, with nothing but loopback open."""
+        commands = [f"add table {TABLE}", f"delete table {TABLE}", *_skeleton()]
+        for name, networks in nftrules.special_sets().items():
+            commands.append(f"add element {TABLE} {name} {{ {', '.join(networks)} }}")
+        libnftables.run("\n".join([*commands, *_rules(nftrules.locked(warden_uid))]))
+
+    def apply(self, ruleset: Ruleset) -> None:
+        """One transaction: rules replaced, static sets changed by their difference, learned sets left alone."""
+        commands = list(_skeleton())
+        for name, elements in _wanted(ruleset):
+            commands += _difference(name, elements)
+        libnftables.run("\n".join([*commands, *_special(), *_rules(nftrules.enforcing(ruleset))]))
+
+    def expect(self, ruleset: Ruleset) -> Listing:
+        """The listing of `apply(ruleset)`."""
+        rules: dict[str, tuple[str, ...]] = {"inet/initd": ()}
+        for chain, lines in nftrules.enforcing(ruleset).items():
+            rules[f"inet/{chain}"] = (*filter(None, [nftrules.CHAINS[chain]]), *lines)
+        special = nftrules.special_sets()
+        for name, definition in nftrules.set_types():
+            rules[f"set/{name}"] = (definition, *special.get(name, ()))
+        learned = frozenset(name for name, _ in nftrules.set_types() if name.endswith("-learned"))
+        return Listing(rules, dict(_wanted(ruleset)), learned)
+
+    def read(self) -> Listing:
+        """The table as the kernel has it; an empty listing when there is none."""
+        flags = nftelements.table_flags()
+        if flags is None:
+            return Listing()
+        rules: dict[str, list[str]] = {"inet/initd": [f"flags {flags}"] if flags else []}
+        names: list[str] = []
+        for item in json.loads(libnftables.run(f"list table {TABLE}", terse=True))["nftables"]:
+            ((kind, body),) = item.items()
+            if kind == "chain":
+                rules[f"inet/{body['name']}"] = list(filter(None, [nftlisting.chain(body)]))
+            elif kind == "rule":
+                rules[f"inet/{body['chain']}"].append(nftlisting.rule(body["expr"]))
+            elif kind in {"set", "map"}:
+                names.append(body["name"])
+                rules[f"{kind}/{body['name']}"] = [nftlisting.definition(body)]
+        for name in nftrules.special_sets():
+            if name in names:
+                rules[f"set/{name}"] += nftelements.networks(name)
+        static = [name for name in names if name.endswith(("-static", "-private"))]
+        return Listing(
+            {label: tuple(lines) for label, lines in rules.items()},
+            {name: frozenset(map(_listed, nftelements.held(name))) for name in static},
+            frozenset(name for name in names if name.endswith("-learned")),
+        )
+
+    def learn(self, elements: Iterable[tuple[Element, int]]) -> None:
+        """One transaction on a socket of our own; returns after its acknowledgement."""
+        wanted = dict(elements)
+        if wanted:
+            self._transact(nftelements.refreshing(wanted), f"learning {len(wanted)} addresses")
+
+    def forget(self, elements: Iterable[Element]) -> None:
+        """One transaction; a missing element is added and deleted in it, unseen."""
+        messages = nftelements.removing(elements)
+        if messages:
+            self._transact(messages, "forgetting learned addresses")
+
+    def _transact(self, messages: list[bytes], what: str) -> None:
+        code = 0
+        with self._lock:
+            for _ in range(_REFRESH_TRIES):
+                try:
+                    code = self._channel.transact(messages)
+                except OSError as error:
+                    self._channel.close()
+                    raise libnftables.error_of(error.errno or errno.EIO, what) from error
+                if code != errno.ENOENT:  # else it expired between our add and our delete
+                    break
+        if code:
+            raise libnftables.error_of(code, what)
+
+    def learned(self) -> dict[Element, int]:
+        """Learned elements with their remaining seconds."""
+        names = (name for name, _ in nftrules.set_types() if name.endswith("-learned"))
+        return {element: left for name in names for element, left in nftelements.remaining(name).items()}
+
+    def counters(self) -> Counters:
+        """Refusals since the lockdown; they survive `apply`."""
+        return Counters(nftelements.counters())
+
+    def teardown(self) -> None:
+        """Delete the table, if there is one."""
+        libnftables.run(f"add table {TABLE}\ndelete table {TABLE}")
+
+
+def _listed(key: nftelements.Key) -> Element:
+    """A held key as an element; one that we never write becomes an element that no ruleset can hold."""
+    return nftelements.element_of(key) or Element(IPv4Network("0.0.0.0/0"), f"{key[0].hex()}-{key[1].hex()}", 0)

@@ -1,0 +1,154 @@
+"""A `Ruleset` as nftables rules, in the canonical words that `initd.kernel.nftlisting` gives back for them. Pure.
+
+Order and meaning: docs/architecture.md, "Rules". Protocols are numbers, because names need /etc/protocols, which slim
+images lack. An `accept` ends only our own chain, and nobody else's `accept` undoes our `reject` (nft(8), "verdict").
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from initd.core.special import SPECIAL4, SPECIAL6
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+    from initd.core.ruleset import Element, IPAddress, IPNetwork, Ruleset
+
+COUNTERS = ("dns", "input", "special", "unlisted")
+CHAINS: Mapping[str, str] = {
+    "output": "type filter hook output priority 0; policy drop;",
+    "input": "type filter hook input priority 0; policy drop;",
+    "forward": "type filter hook forward priority 0; policy drop;",
+    "refuse": "",
+}
+"""Chain → its declaration. The policy is reached only when somebody empties the chain: then the box is shut."""
+
+LEARNED_SIZE = 65536
+ENGINE_DNS = "127.0.0.11"
+_FAMILIES = ((4, "ip"), (6, "ip6"))
+_NEIGHBOUR = "icmpv6 type { nd-neighbor-advert, nd-neighbor-solicit, nd-router-advert, nd-router-solicit } accept"
+_ESTABLISHED = ("ct state established accept", "ct state related meta l4proto { 1, 58 } accept")
+_REFUSE = ("meta l4proto 6 reject with tcp reset", "reject with icmpx admin-prohibited")
+_LOG = 'limit rate 10/second burst 5 packets log prefix "initd" group 1'
+
+Rules = dict[str, tuple[str, ...]]
+
+
+def set_types() -> Iterator[tuple[str, str]]:
+    """Set name → its definition, as nft(8) reads it."""
+    for version, _ in _FAMILIES:
+        key = f"type ipv{version}_addr . inet_proto . inet_service;"
+        yield f"initd{version}-static", f"{key} flags interval;"
+        yield f"initd{version}-private", f"{key} flags interval;"
+        yield f"initd{version}-special", f"type ipv{version}_addr; flags interval;"
+        yield f"initd{version}-learned", f"{key} size {LEARNED_SIZE}; flags timeout;"
+
+
+def special_sets() -> dict[str, tuple[str, ...]]:
+    """What the special sets hold, always."""
+    return {
+        "initd4-special": tuple(sorted(map(str, SPECIAL4))),
+        "initd6-special": tuple(sorted(map(str, SPECIAL6))),
+    }
+
+
+def merged(elements: Iterable[Element]) -> dict[str, frozenset[Element]]:
+    """Set name suffix ("4", "6") → elements without those that lie inside another of the same service.
+
+    The kernel refuses overlapping intervals in a set of concatenations (nft_pipapo_insert(), ENOTEMPTY).
+    """
+    groups: dict[tuple[int, str, int], list[tuple[int, int, Element]]] = {}
+    for element in elements:
+        network = element.network
+        service = (network.version, element.proto, element.port)
+        groups.setdefault(service, []).append((int(network.network_address), network.prefixlen, element))
+    kept: dict[str, list[Element]] = {"4": [], "6": []}
+    for (version, _, _), members in groups.items():
+        bits = 32 if version == 4 else 128
+        end = -1
+        for first, prefix, element in sorted(members, key=lambda member: member[:2]):
+            if first > end:
+                end = first + (1 << bits - prefix) - 1
+                kept[str(version)].append(element)
+    return {version: frozenset(group) for version, group in kept.items()}
+
+
+def _family(address: IPAddress | IPNetwork) -> str:
+    return "ip" if address.version == 4 else "ip6"
+
+
+def _sorted(addresses: Iterable[IPAddress]) -> Sequence[IPAddress]:
+    return sorted(addresses, key=lambda address: (address.version, int(address)))
+
+
+def _warden(ruleset: Ruleset) -> Iterator[str]:
+    """The warden's own ways out. Docker has rewritten port 53 of its resolver before this hook (nat, -100)."""
+    who = f"meta skuid {ruleset.warden_uid}"
+    for end in sorted(ruleset.upstreams, key=lambda end: (end.address.version, int(end.address), end.port)):
+        where = f"{who} {_family(end.address)} daddr {end.address} meta l4proto {{ 6, 17 }}"
+        yield f"{where} accept" if str(end.address) == ENGINE_DNS else f"{where} th dport {end.port} accept"
+    for address in _sorted(ruleset.fetch):
+        yield f"{who} {_family(address)} daddr {address} tcp dport 443 accept"
+
+
+def _listed(kind: str) -> Iterator[str]:
+    for version, family in _FAMILIES:
+        yield f"{family} daddr . meta l4proto . th dport @initd{version}-{kind} accept"
+
+
+def _output(ruleset: Ruleset) -> Iterator[str]:
+    yield _NEIGHBOUR
+    yield from _warden(ruleset)
+    if ruleset.engine_dns:
+        yield "meta skuid 0 meta l4proto { 6, 17 } th dport 53 accept"
+    yield f'ip daddr {ENGINE_DNS} counter name "dns" goto refuse'
+    yield 'oifname "lo" accept'
+    yield from _ESTABLISHED
+    yield from _listed("private")
+    yield from _listed("learned")
+    for version, family in _FAMILIES:
+        yield f'{family} daddr @initd{version}-special counter name "special" goto refuse'
+    yield from _listed("static")
+    if ruleset.log:
+        yield _LOG
+    yield 'counter name "unlisted" goto refuse'
+
+
+def _input(subnets: Iterable[IPNetwork]) -> Iterator[str]:
+    yield 'iifname "lo" accept'
+    yield _NEIGHBOUR
+    yield from _ESTABLISHED
+    for network in sorted(subnets, key=lambda net: (net.version, int(net.network_address), net.prefixlen)):
+        yield f"{_family(network)} saddr {_network(network)} accept"
+    yield 'counter name "input" goto refuse'
+
+
+def _network(network: IPNetwork) -> str:
+    """A network as nft lists it: a host without its prefix length."""
+    return str(network.network_address) if network.prefixlen == network.max_prefixlen else str(network)
+
+
+def enforcing(ruleset: Ruleset) -> Rules:
+    """Chain → rules that enforce `ruleset`."""
+    return {
+        "output": tuple(_output(ruleset)),
+        "input": tuple(_input(ruleset.subnets)),
+        "forward": ("goto refuse",),
+        "refuse": _REFUSE,
+    }
+
+
+def locked(warden_uid: int) -> Rules:
+    """Chain → rules that refuse all but loopback."""
+    return {
+        "output": (
+            f"meta skuid {warden_uid} ip daddr {ENGINE_DNS} meta l4proto {{ 6, 17 }} accept",
+            f'ip daddr {ENGINE_DNS} counter name "dns" goto refuse',
+            'oifname "lo" accept',
+            'counter name "unlisted" goto refuse',
+        ),
+        "input": ('iifname "lo" accept', 'counter name "input" goto refuse'),
+        "forward": ("goto refuse",),
+        "refuse": _REFUSE,
+    }
