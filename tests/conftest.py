@@ -1,0 +1,130 @@
+"""Fixtures over the lab, and the rule that a missing capability is tried for, then skipped loudly or failed."""
+
+from __future__ import annotations
+
+import functools
+import os
+import shutil
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support import box as boxes
+from tests.support import lab as labs
+from tests.support.box import Box
+from tests.support.lab import Lab
+
+_REQUIRE = ("all", "kernel", "engine")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--require",
+        choices=_REQUIRE,
+        default=None,
+        help="fail, instead of skip, tests whose requirement (root and kernel, Docker engine) is missing",
+    )
+
+
+@functools.cache
+def _missing(mark: str) -> str | None:
+    """Why tests with this mark cannot run here, or None."""
+    if mark == "kernel":
+        return labs.can_run()
+    if shutil.which("docker") is None and shutil.which("dockerd") is None:
+        return "no Docker engine installed"
+    if os.geteuid() != 0 and subprocess.run(["docker", "version"], capture_output=True, check=False).returncode:
+        return "the Docker engine does not answer and only root could start one"
+    return None
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    required = item.config.getoption("--require")
+    for mark in ("kernel", "engine"):
+        if item.get_closest_marker(mark) is None:
+            continue
+        reason = _missing(mark)
+        if reason is None:
+            continue
+        if required in {"all", mark}:
+            pytest.fail(f"--require={required}: {mark}: {reason}", pytrace=False)
+        pytest.skip(f"{mark}: {reason}")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Nobody shall take a run with skips for a whole one."""
+    skipped = len(terminalreporter.stats.get("skipped", []))
+    if skipped:
+        terminalreporter.write_line(
+            f"NOT TESTED HERE: {skipped} (reasons above; REQUIRE=all makes them failures)", red=True
+        )
+
+
+def _children() -> set[int]:
+    """PIDs of this process's children, zombies included."""
+    mine = str(os.getpid())
+    found = set()
+    for path in Path("/proc").iterdir():
+        if path.name.isdigit():
+            try:
+                fields = path.joinpath("stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if fields[1] == mine:
+                found.add(int(path.name))
+    return found
+
+
+@pytest.fixture(autouse=True)
+def no_leftovers(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Fails a kernel test that leaves a namespace, a mount, a directory or a process behind."""
+    if request.node.get_closest_marker("kernel") is None:
+        yield
+        return
+    for name in ("shared_lab",):  # outlives the test on purpose: have it made before the count
+        if name in request.fixturenames:
+            request.getfixturevalue(name)
+    before, things = _children(), set(boxes.leftovers())
+    yield
+    until = time.monotonic() + 1.0
+    while (left := _children() - before) and time.monotonic() < until:
+        time.sleep(0.01)
+    assert not left, f"processes left behind: {left}"
+    kept = {path for path in boxes.leftovers() if "-ca-" not in path and "-copy-" not in path}
+    assert kept <= things, f"left behind: {kept - things}"
+
+
+@pytest.fixture
+def lab() -> Iterator[Lab]:
+    """A lab of its own."""
+    with Lab() as fresh:
+        yield fresh
+
+
+@pytest.fixture(scope="module")
+def module_lab() -> Iterator[Lab]:
+    with Lab() as fresh:
+        yield fresh
+
+
+@pytest.fixture
+def shared_lab(module_lab: Lab) -> Iterator[Lab]:
+    """The module's lab, with servers and logs as new and no box."""
+    module_lab.reset()
+    yield module_lab
+    module_lab.close_boxes()
+
+
+@pytest.fixture
+def box(lab: Lab) -> Callable[..., Box]:
+    """`box(policy="site.example\\n")` makes a box in the test's lab and waits until it is ready."""
+
+    def start(**options: object) -> Box:
+        fresh = lab.box(**options)
+        fresh.start()
+        return fresh
+
+    return start
