@@ -1,0 +1,39 @@
+"""One log line for the processes that must stay small: PID 1 and the keeper.
+
+The shape is the warden's (`timestamp`, `level`, `event`, then fields), one JSON object a line, or one line of text
+when stderr is a terminal. A line never blocks its writer: when nobody drains the pipe, it is lost.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import time
+
+_LIMIT = 4096  # PIPE_BUF: a pipe that polls writable takes this much at once, pipe(7)
+
+
+def say(level: str, event: str, **fields: object) -> None:
+    """Write one line to stderr, or lose it when stderr is full or closed."""
+    try:
+        if _ready():
+            os.write(2, _line(level, event, fields).encode("utf-8", "replace")[:_LIMIT])
+    except OSError:
+        return
+
+
+def _ready() -> bool:
+    poll = select.poll()
+    poll.register(2, select.POLLOUT)
+    return any(mask & select.POLLOUT for _, mask in poll.poll(0))
+
+
+def _line(level: str, event: str, fields: dict[str, object]) -> str:
+    wanted = os.environ.get("INITD_LOG_FORMAT", "auto")
+    if wanted == "console" or (wanted != "json" and os.isatty(2)):
+        tail = "".join(f" {key}={value}" for key, value in fields.items())
+        return f"initd: {event}{tail}\n"
+    now = time.time()
+    stamp = f"{time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(now))}.{int(now % 1 * 1e6):06d}Z"
+    return json.dumps({"timestamp": stamp, "level": level, "event": event, **fields}) + "\n"

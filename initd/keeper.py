@@ -1,0 +1,264 @@
+"""Runs: root with six capabilities, always. Restarts the warden, holds its sockets, does what only root can.
+
+Nothing reaches it but three things: its parent's channel, the warden's channel (data is checked, the warden is less
+privileged) and signals, which it does not act on except for its children's ends.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import sys
+import time
+
+from initd import drop, errands, prepare, reap, sockets
+from initd import settings as configuration
+from initd.channel import Channel
+from initd.errors import EnforcementError
+from initd.journal import say
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+    from typing import Any
+
+    from initd.settings import Settings
+
+SILENCE = 20.0  # seconds without a heartbeat before the warden is replaced
+START_SILENCE = 60.0  # the same for one that has not sent any yet
+BACKOFF_FIRST, BACKOFF_LAST = 0.1, 30.0
+HEALTHY = 60.0  # seconds after which the next crash counts as the first again
+WARDEN_GOODBYE = 1.5  # seconds for resolv.conf and the saved state
+
+
+def main() -> int:
+    """The keeper's process, with the real warden."""
+    return run([sys.executable, "-I", "-m", "initd", "warden"])
+
+
+def run(warden: Sequence[str]) -> int:
+    """Keep `warden` (an argv) running until told to stop; the exit code that PID 1 is to see."""
+    signals = reap.SignalQueue()
+    parent = Channel.inherited(int(os.environ.pop("INITD_PARENT_FD")))
+    drop.need(drop.KEEPER)  # before anything else: without NET_ADMIN there is no box
+    settings = configuration.load(os.environ)
+    account = prepare.warden_account(settings)
+    held = sockets.open_all(settings)  # may need NET_BIND_SERVICE, which goes next
+    drop.become_keeper()
+    keeper = Keeper(settings, list(warden), account=account, held=held, parent=parent)
+    keeper.start_warden()
+    poll = select.poll()
+    poll.register(signals, select.POLLIN)
+    while keeper.result is None:
+        keeper.watch(poll)
+        poll.poll(keeper.patience())
+        signals.read()  # only a child's end matters, and reap finds that out
+        for pid, status in reap.reap():
+            if not os.WIFSTOPPED(status):
+                keeper.ended(pid, status)
+        keeper.hear_warden()
+        keeper.hear_parent()
+        keeper.do_what_is_due()
+    return keeper.result
+
+
+class Keeper:
+    """The warden of the moment, and what is owed to it."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        warden: list[str],
+        *,
+        account: tuple[int, int],
+        held: dict[str, int],
+        parent: Channel,
+    ) -> None:
+        self._settings, self._argv, self._account, self._held, self._parent = settings, warden, account, held, parent
+        self._init = os.getppid()
+        self._pid: int | None = None
+        self._channel: Channel | None = None
+        self._generation = 0
+        self._started = self._heard = time.monotonic()
+        self._patience = START_SILENCE
+        self._backoff = BACKOFF_FIRST
+        self._restart_at: float | None = None
+        self._armed = self._dropped = False
+        self._errands: dict[int, errands.Errand] = {}
+        self._waiting: list[tuple[object, object]] = []
+        self._watched: set[int] = set()
+        self.result: int | None = None
+
+    def start_warden(self) -> None:
+        """Fork and exec it with its two capabilities, its channel and the held descriptors."""
+        self._generation += 1
+        self._restart_at = None
+        self._channel, theirs = Channel.pair()
+        self._started = self._heard = time.monotonic()
+        self._patience = START_SILENCE
+        fds = {**self._held, "": theirs.fileno()}
+        self._pid = os.fork()
+        if self._pid == 0:
+            self._become_warden(fds)
+        theirs.close()
+        say("info", "warden.started", pid=self._pid, generation=self._generation)
+
+    def _become_warden(self, fds: dict[str, int]) -> None:
+        try:
+            own = fds.pop("")
+            environ = {
+                **os.environ,
+                **self._settings.environ(),
+                "INITD_KEEPER_FD": str(own),
+                "INITD_FDS": ",".join(f"{name}={fd}" for name, fd in fds.items()),
+                "INITD_GENERATION": str(self._generation),
+            }
+            for fd in (own, *fds.values()):
+                os.set_inheritable(fd, True)
+            reap.restore_signals(set())
+            drop.become_warden(*self._account)
+            os.execve(self._argv[0], self._argv, environ)  # noqa: S606
+        except BaseException as error:  # noqa: BLE001  # a forked child must never return into its parent's code
+            os.write(2, f"initd: the warden cannot be started: {error}\n".encode())
+            os._exit(EnforcementError.code)
+
+    def watch(self, poll: select.poll) -> None:
+        """Make `poll` watch exactly what can speak now."""
+        channels = [channel for channel in (self._channel, self._parent) if channel is not None and channel.open]
+        wanted = {channel.fileno() for channel in channels} | {errand.fd for errand in self._errands.values()}
+        for fd in self._watched - wanted:
+            poll.unregister(fd)
+        for fd in wanted - self._watched:
+            poll.register(fd, select.POLLIN)
+        self._watched = wanted
+
+    def patience(self) -> float | None:
+        """Milliseconds until something is due; None when nothing is."""
+        due = [errand.deadline for errand in self._errands.values()]
+        if self._restart_at is not None:
+            due.append(self._restart_at)
+        if self._pid is not None and self._armed:
+            due.append(self._heard + self._patience)
+        return max(0.0, min(due) - time.monotonic()) * 1000 + 1 if due else None
+
+    def ended(self, pid: int, status: int) -> None:
+        """A child of ours ended: the warden, or a probe."""
+        errand = self._errands.pop(pid, None)
+        if errand is not None:
+            self._reply(errand.answer(status))
+            self._run_waiting()
+        if pid != self._pid:
+            return
+        self.hear_warden()  # what it said last
+        self._pid = None
+        if self._channel is not None:
+            self._channel.close()
+        code = reap.exit_code(status)
+        if not self._armed:
+            if os.WIFSIGNALED(status):
+                raise EnforcementError(f"the warden was killed by signal {os.WTERMSIG(status)} before it was armed")
+            self.result = code or EnforcementError.code
+            return
+        if time.monotonic() - self._started >= HEALTHY:
+            self._backoff = BACKOFF_FIRST
+        self._restart_at = time.monotonic() + self._backoff
+        say("error", "warden.ended", pid=pid, code=code, generation=self._generation, restart_in=round(self._backoff, 1))
+        self._backoff = min(self._backoff * 2, BACKOFF_LAST)
+
+    def hear_warden(self) -> None:
+        """Its messages; anything but the three that the protocol knows is dropped."""
+        if self._channel is None:
+            return
+        for message in self._channel.receive():
+            self._heard, self._patience = time.monotonic(), SILENCE
+            if message["event"] == "armed" and not self._armed:
+                self._armed = True
+                self._parent.send(event="armed")
+            elif message["event"] == "probe":
+                self._waiting.append((message.get("id"), message.get("plan")))
+        for number, _ in self._waiting[errands.WAITING :]:
+            self._reply({"event": "probe", "id": number, "code": errands.EX_TEMPFAIL, "result": {"error": "busy"}})
+        del self._waiting[errands.WAITING :]
+        self._run_waiting()
+
+    def hear_parent(self) -> None:
+        """PID 1's messages; its silence for good means that the box is over."""
+        if self.result is not None:
+            return
+        for message in self._parent.receive():
+            if message["event"] == "dropped":
+                self._dropped = True
+                sockets.publish(self._settings.run_dir, "ready", f"{os.getpid()}\n")
+                self._parent.send(event="ready")
+            elif message["event"] == "stop":
+                self.result = self._stop(_grace(message))
+                return
+        if not self._parent.open:
+            self.result = self._stop(0.0)
+
+    def do_what_is_due(self) -> None:
+        """Time-outs: a silent warden, a slow probe, a restart."""
+        now = time.monotonic()
+        for errand in self._errands.values():
+            errand.drain()
+            if now > errand.deadline:
+                errand.kill()
+        if self._armed and self._pid is not None and now - self._heard > self._patience:
+            say("error", "warden.silent", pid=self._pid, seconds=round(now - self._heard))
+            self._heard = now
+            os.kill(self._pid, signal.SIGKILL)
+        if self.result is None and self._restart_at is not None and now >= self._restart_at:
+            self.start_warden()
+
+    def _run_waiting(self) -> None:
+        while self._waiting and len(self._errands) < errands.AT_ONCE:
+            errand = errands.Errand(*self._waiting.pop(0), self._settings)
+            self._errands[errand.pid] = errand
+
+    def _reply(self, message: dict[str, Any]) -> None:
+        if self._channel is not None and self._channel.open:
+            self._channel.send(**message)
+
+    def _stop(self, grace: float) -> int:
+        """End every process that is not ours, then the warden; the rules stay."""
+        self._restart_at = None
+        for errand in self._errands.values():
+            errand.kill()
+        self._end_others(time.monotonic() + grace)
+        if self._pid is not None and self._channel is not None:
+            self._channel.send(event="stop")
+            if not reap.wait_for_end([self._pid], [], WARDEN_GOODBYE):
+                say("error", "warden.killed", pid=self._pid)
+                os.kill(self._pid, signal.SIGKILL)
+        return 0
+
+    def _end_others(self, deadline: float) -> None:
+        """TERM to whomever PID 1 may not signal, wait for all, KILL whoever is left at `deadline`."""
+        told: set[int] = set()
+        while (left := deadline - time.monotonic()) > 0:
+            others = reap.living(self._init, spare={os.getpid()})
+            if not others:
+                return
+            for process in others:
+                reachable = self._dropped and self._settings.claude_uid in (process.ruid, process.suid)
+                if process.pid not in told and not reachable:
+                    reap.tell(process.pid, signal.SIGTERM)
+                told.add(process.pid)
+            reap.wait_for_end([process.pid for process in others], [self._parent.fileno()], min(left, 0.5))
+            for message in self._parent.receive():
+                if message["event"] == "stop":  # a second TERM
+                    deadline = min(deadline, time.monotonic() + _grace(message))
+            if not self._parent.open:
+                deadline = 0.0
+        for _ in range(10):  # forks that race with the walk
+            others = reap.living(self._init, spare={os.getpid()})
+            for process in others:
+                reap.tell(process.pid, signal.SIGKILL)
+            if reap.wait_for_end([process.pid for process in others], [], 0.2) and not others:
+                return
+
+
+def _grace(message: dict[str, Any]) -> float:
+    grace = message.get("grace", 0.0)
+    return float(grace) if isinstance(grace, (int, float)) and grace > 0 else 0.0

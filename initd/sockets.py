@@ -1,0 +1,96 @@
+"""Runs: keeper, once. Opens what outlives the warden: DNS sockets, the control socket, resolv.conf.
+
+The names are those of docs/architecture.md; a descriptor opened here is never reopened, so a query that arrives
+while there is no warden waits in the socket's queue.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+
+from initd import drop
+from initd.errors import KernelError, PrivilegeError
+from initd.journal import say
+
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from initd.settings import Settings
+
+BACKLOG = 128
+RESOLV = "/etc/resolv.conf"
+
+
+def open_all(settings: Settings) -> dict[str, int]:
+    """Name → descriptor. PrivilegeError (77) or KernelError (71) when a needed one cannot be had."""
+    held: dict[str, int] = {}
+    for family, address, names in (
+        (socket.AF_INET, "127.0.0.1", ("dns4-udp", "dns4-tcp")),
+        (socket.AF_INET6, "::1", ("dns6-udp", "dns6-tcp")),
+    ):
+        for name, kind in zip(names, (socket.SOCK_DGRAM, socket.SOCK_STREAM), strict=True):
+            sock = _dns(family, kind, address)
+            if sock is not None:
+                held[name] = sock.detach()
+    held["control"] = _control(os.path.join(settings.run_dir, "control.sock")).detach()  # noqa: PTH118
+    try:
+        held["resolv"] = os.open(RESOLV, os.O_RDWR | os.O_CLOEXEC)
+    except OSError as error:
+        say("warning", "resolv.unwritable", path=RESOLV, error=error.strerror)
+    return held
+
+
+def _dns(family: socket.AddressFamily, kind: socket.SocketKind, address: str) -> socket.socket | None:
+    """Port 53 of a loopback address, or None where the namespace has no ::1."""
+    where = f"port 53 of {address}"
+    try:
+        sock = socket.socket(family, kind)
+        if family == socket.AF_INET6:
+            sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        if kind == socket.SOCK_STREAM:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((address, 53))
+        if kind == socket.SOCK_STREAM:
+            sock.listen(BACKLOG)
+    except OSError as error:
+        if family == socket.AF_INET6 and error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+            return None
+        if error.errno == errno.EACCES:
+            raise PrivilegeError(
+                f"{where} may not be bound",
+                hint="cap_add: [NET_BIND_SERVICE], or sysctl net.ipv4.ip_unprivileged_port_start=53",
+            ) from error
+        if error.errno == errno.EADDRINUSE:
+            raise KernelError(
+                f"{where} is in use", hint="stop the other resolver in this network namespace (ss -lnup sport = 53)"
+            ) from error
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise KernelError(f"{address} does not exist here", hint="bring the loopback up: ip link set lo up") from error
+        raise KernelError(f"{where} cannot be opened: {error.strerror}") from error
+    return sock
+
+
+def _control(path: str) -> socket.socket:
+    """A listening UNIX socket that everybody may connect to; who it is, SO_PEERCRED says, unix(7)."""
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with drop.as_owner(os.path.dirname(path)):  # noqa: PTH120
+            if os.path.lexists(path):  # noqa: PTH110  # a predecessor's: nobody listens on it now
+                os.unlink(path)  # noqa: PTH108
+            sock.bind(path)
+            os.chmod(path, 0o666)  # noqa: PTH101
+        sock.listen(BACKLOG)
+    except OSError as error:
+        sock.close()
+        raise KernelError(f"{path} cannot be made: {error.strerror}", hint="INITD_RUN_DIR names its folder") from error
+    return sock
+
+
+def publish(run_dir: str, name: str, text: str) -> None:
+    """Write `name` in `run_dir` so that a reader sees it whole or not at all."""
+    path = os.path.join(run_dir, name)  # noqa: PTH118
+    with drop.as_owner(run_dir):
+        with open(f"{path}.new", "w", encoding="utf-8") as file:  # noqa: PTH123
+            file.write(text)
+        os.replace(f"{path}.new", path)  # noqa: PTH105
