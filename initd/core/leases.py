@@ -1,0 +1,241 @@
+"""A lease is the time for which an address may be reached because a name resolved to it.
+
+Lifetime: max(TTL, floor) + grace, from the latest answer that held the address (`Terms.lifetime`). An address that
+several names hold lives as long as the longest of them. All times are seconds of one monotonic clock, given by the
+caller.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_address
+from typing import TYPE_CHECKING, Any
+
+from initd.core.ruleset import Element
+from initd.core.wire import MAX_TTL
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Iterator
+
+    from initd.core.policy import Service
+    from initd.core.ruleset import IPAddress
+
+MAX_SAVED = 65536
+"""Addresses that are taken from a saved state."""
+
+
+class Lease:
+    """`services` of one address for one name, until `expires`."""
+
+    __slots__ = ("address", "expires", "name", "services")
+
+    def __init__(self, name: str, address: IPAddress, services: frozenset[Service], expires: float) -> None:
+        self.name = name
+        self.address = address
+        self.services = services
+        self.expires = expires
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What an answer would change. `insert` must be in the kernel before `Leases.commit`."""
+
+    name: str
+    addresses: tuple[IPAddress, ...]
+    services: frozenset[Service]
+    expires: float
+    insert: list[tuple[Element, int]]
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """`floor` and `grace` in seconds; `cap` addresses a name."""
+
+    floor: float = 60.0
+    grace: float = 30.0
+    cap: int = 512
+
+    @property
+    def longest(self) -> float:
+        """Seconds that any lease lasts at most."""
+        return self.lifetime(MAX_TTL)
+
+    def lifetime(self, ttl: float) -> float:
+        """Seconds that an address of an answer with this (remaining) TTL may be reached."""
+        return max(ttl, self.floor) + self.grace
+
+
+class Leases:
+    """Who may be reached, because of which name, until when. Not thread-safe."""
+
+    def __init__(self, terms: Terms | None = None) -> None:
+        self.terms = terms or Terms()
+        self._by_name: dict[str, dict[IPAddress, Lease]] = {}  # inner: least recently answered first
+        self._by_address: dict[IPAddress, dict[str, Lease]] = {}
+        self._in_use: Collection[IPAddress] = frozenset()
+
+    def __len__(self) -> int:
+        return sum(len(held) for held in self._by_name.values())
+
+    def __iter__(self) -> Iterator[Lease]:
+        return (lease for held in self._by_name.values() for lease in held.values())
+
+    def names(self) -> tuple[str, ...]:
+        """Names that hold a lease."""
+        return tuple(self._by_name)
+
+    def names_of(self, address: IPAddress) -> tuple[str, ...]:
+        """Names that hold `address`."""
+        return tuple(self._by_address.get(address, ()))
+
+    def addresses_of(self, name: str) -> tuple[IPAddress, ...]:
+        """Addresses that `name` holds, least recently answered first."""
+        return tuple(self._by_name.get(name, ()))
+
+    def grant(
+        self, name: str, addresses: Iterable[IPAddress], services: frozenset[Service], *, lifetime: float, now: float
+    ) -> Grant:
+        """What an answer for `name` must put into the kernel; changes nothing. Addresses beyond the cap are left out.
+
+        An element's time-out never goes below what another lease on it needs.
+        """
+        chosen = tuple(addresses)[: self.terms.cap]
+        expires = now + lifetime
+        insert: list[tuple[Element, int]] = []
+        for address in chosen:
+            insert += self._elements(address, services, expires=expires, now=now)
+        return Grant(name, chosen, services, expires, insert)
+
+    def commit(self, grant: Grant) -> list[Element]:
+        """Record `grant`, now that the kernel holds it; returns what to forget, because the name is over its cap."""
+        held = self._by_name.setdefault(grant.name, {})
+        for address in grant.addresses:
+            lease = held.pop(address, None)
+            if lease is None:
+                lease = Lease(grant.name, address, grant.services, grant.expires)
+                self._by_address.setdefault(address, {})[grant.name] = lease
+            else:
+                lease.services = grant.services
+                lease.expires = max(lease.expires, grant.expires)
+            held[address] = lease
+        excess = len(held) - self.terms.cap
+        if excess <= 0:
+            return []
+        kept = set(grant.addresses).union(self._in_use)
+        unused = [lease for address, lease in held.items() if address not in kept]
+        return self._remove(unused[:excess])
+
+    def reconsider(
+        self, services_of: Callable[[str, IPAddress], frozenset[Service]], *, now: float
+    ) -> tuple[list[Element], list[tuple[Element, int]]]:
+        """Hold every lease to a new policy: elements that nobody may use any more, and elements to add."""
+        removed: list[Lease] = []
+        before: list[Element] = []
+        gained: list[tuple[Element, int]] = []
+        for lease in self:
+            services = services_of(lease.name, lease.address)
+            if services == lease.services:
+                continue
+            before += [_element(lease.address, service) for service in lease.services - services]
+            gained += self._elements(lease.address, services - lease.services, expires=lease.expires, now=now)
+            lease.services = services
+            if not services:
+                removed.append(lease)
+        self._remove(removed)
+        return [element for element in dict.fromkeys(before) if not self._wanted(element)], gained
+
+    def sweep(self, now: float, in_use: Collection[IPAddress]) -> tuple[list[tuple[Element, int]], list[Element]]:
+        """Extend what ends within one grace and has an open connection; end what is over. Call it more often than that.
+
+        Returns elements to refresh (with seconds to live) and elements to forget.
+        """
+        self._in_use = in_use
+        extend: list[tuple[Element, int]] = []
+        over: list[Lease] = []
+        longer = now + self.terms.floor + self.terms.grace
+        for lease in self:
+            if lease.address in in_use and lease.expires <= now + self.terms.grace:
+                lease.expires = longer
+                extend += self._elements(lease.address, lease.services, expires=longer, now=now)
+            elif lease.expires <= now:
+                over.append(lease)
+        return list(dict(extend).items()), self._remove(over)
+
+    def to_state(self, now: float) -> dict[str, dict[str, int]]:
+        """Name → address → remaining seconds, as TOML can hold it."""
+        return {
+            name: {str(address): math.ceil(lease.expires - now) for address, lease in held.items()}
+            for name, held in self._by_name.items()
+        }
+
+    def _elements(
+        self, address: IPAddress, services: Iterable[Service], *, expires: float, now: float
+    ) -> list[tuple[Element, int]]:
+        others = self._by_address.get(address)
+        network = _network(address)
+        elements = []
+        for service in services:
+            last = expires
+            if others:
+                last = max(last, *(one.expires for one in others.values() if service in one.services), 0.0)
+            elements.append((Element(network, service.proto, service.port), math.ceil(last - now)))
+        return elements
+
+    def _remove(self, leases: list[Lease]) -> list[Element]:
+        """Drop `leases`; the elements that no other lease needs."""
+        elements: dict[Element, None] = {}
+        for lease in leases:
+            held = self._by_name[lease.name]
+            del held[lease.address]
+            if not held:
+                del self._by_name[lease.name]
+            holders = self._by_address[lease.address]
+            del holders[lease.name]
+            if not holders:
+                del self._by_address[lease.address]
+            elements.update((_element(lease.address, service), None) for service in lease.services)
+        return [element for element in elements if not self._wanted(element)]
+
+    def _wanted(self, element: Element) -> bool:
+        holders = self._by_address.get(element.network.network_address, {})
+        return any(
+            service.port == element.port and service.proto == element.proto
+            for lease in holders.values()
+            for service in lease.services
+        )
+
+
+def from_state(data: Any) -> dict[str, dict[IPAddress, int]]:
+    """`Leases.to_state`, read back: name → address → remaining seconds when it was saved.
+
+    What is not of that form is left out: a saved state is a convenience and opens nothing by itself, since every
+    name is judged by the policy again.
+    """
+    saved: dict[str, dict[IPAddress, int]] = {}
+    left = MAX_SAVED
+    for name, held in data.items() if isinstance(data, dict) else ():
+        if not isinstance(name, str) or not isinstance(held, dict):
+            continue
+        good: dict[IPAddress, int] = {}
+        for text, seconds in held.items():
+            if left == 0:
+                break
+            try:
+                address = ip_address(text)
+            except ValueError:
+                continue
+            if isinstance(seconds, int) and not isinstance(seconds, bool):
+                good[address] = seconds
+                left -= 1
+        if good:
+            saved[name] = good
+    return saved
+
+
+def _network(address: IPAddress) -> IPv4Network | IPv6Network:
+    return IPv4Network(address) if isinstance(address, IPv4Address) else IPv6Network(address)
+
+
+def _element(address: IPAddress, service: Service) -> Element:
+    return Element(_network(address), service.proto, service.port)

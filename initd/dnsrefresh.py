@@ -1,0 +1,62 @@
+"""Runs: warden, always. Keeps the leases of literally listed names alive, for clients that cache longer than the TTL.
+
+Each name and type is asked again between half and nine tenths of its lease, at a random time, a few at once, and
+never twice within half a floor; one that fails is asked again later and later.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable, Iterator
+
+    from initd.core.cache import Key
+    from initd.core.leases import Terms
+
+CONCURRENCY = 16
+LONGEST_PAUSE = 600.0
+"""Seconds between tries of a name that does not resolve."""
+
+
+class Refresher:
+    """`ask` resolves one key by the clients' path and says if it worked; None when it is not listed any more."""
+
+    def __init__(self, ask: Callable[[Key], Awaitable[bool | None]], terms: Terms) -> None:
+        self._ask = ask
+        self._terms = terms
+        self._due: dict[Key, float] = {}
+        self._failures: dict[Key, int] = {}
+
+    def answered(self, key: Key, ttl: float) -> None:
+        """An answer with this TTL came just now, whoever asked."""
+        pause = max(self._terms.floor / 2, self._terms.lifetime(ttl) * random.uniform(0.5, 0.9))  # noqa: S311 - spreads load
+        self._due[key] = time.monotonic() + pause
+        self._failures.pop(key, None)
+
+    def failed(self, key: Key) -> None:
+        """No answer just now."""
+        count = self._failures[key] = self._failures.get(key, -1) + 1
+        pause = min(max(self._terms.floor / 2, 1.0) * 2.0 ** min(count, 10), LONGEST_PAUSE)
+        self._due[key] = time.monotonic() + pause * random.uniform(1.0, 1.2)  # noqa: S311 - spreads load
+
+    async def run(self) -> None:
+        """Until cancelled."""
+        tick = min(max(self._terms.floor / 20, 0.1), 5.0)
+        while True:
+            await asyncio.sleep(tick)
+            now = time.monotonic()
+            due = iter([key for key, at in self._due.items() if at <= now])
+            await asyncio.gather(*(self._work(due) for _ in range(CONCURRENCY)))
+
+    async def _work(self, due: Iterator[Key]) -> None:
+        for key in due:
+            worked = await self._ask(key)
+            if worked is None:
+                self._due.pop(key, None)
+                self._failures.pop(key, None)
+            elif not worked:
+                self.failed(key)
