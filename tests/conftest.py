@@ -7,15 +7,19 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.support import box as boxes
 from tests.support import lab as labs
-from tests.support.box import Box
 from tests.support.lab import Lab
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from tests.support.box import Box
 
 _REQUIRE = ("all", "kernel", "engine")
 
@@ -84,9 +88,8 @@ def no_leftovers(request: pytest.FixtureRequest) -> Iterator[None]:
     if request.node.get_closest_marker("kernel") is None:
         yield
         return
-    for name in ("shared_lab",):  # outlives the test on purpose: have it made before the count
-        if name in request.fixturenames:
-            request.getfixturevalue(name)
+    if "module_lab" in request.fixturenames:  # outlives the test on purpose: have it made before the count
+        request.getfixturevalue("module_lab")
     before, things = _children(), set(boxes.leftovers())
     yield
     until = time.monotonic() + 1.0

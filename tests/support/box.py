@@ -8,20 +8,23 @@ assert box.stop().code == 0
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from tests.support import namespaces, product
 from tests.support.namespaces import Family, LabError
 from tests.support.remote import RESOLVER4, RESOLVER6
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
 # linux/capability.h
 CAPABILITIES = {
@@ -149,7 +152,6 @@ class Box:
             self._drop_outer()
         reader, writer = os.pipe()
         argv = ["setpriv", "--pdeathsig", "KILL", "ip", "netns", "exec", self.netns]
-        argv += ["unshare", "--mount", "--pid", "--ipc", "--uts", "--fork", "--kill-child"]
         argv += ["/usr/bin/python3", "-I", "-S", str(_LAUNCHER), str(self._specification(writer))]
         stderr = None if self.config.terminal else (self.directory / "stderr").open("wb")
         with (self.directory / "stdout").open("wb") as stdout:
@@ -160,7 +162,7 @@ class Box:
             stderr.close()
         os.close(writer)
         with open(reader, "rb") as report:
-            told = report.readline()
+            told = report.read()  # ends when PID 1 execs: the descriptor closes then
         if not told:
             self._outer.wait()
             raise LabError(f"the box could not be built:\n{self.logs().text}")
@@ -253,10 +255,8 @@ class Box:
     def close(self) -> None:
         """End it hard, if it still runs, and forget it."""
         if self.running and self.pid:
-            try:
+            with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
         if self._outer is not None:
             self._drop_outer()
         shutil.rmtree(self.directory, ignore_errors=True)

@@ -1,8 +1,9 @@
 """Builds a container's root file system around itself, drops to a container's capabilities and becomes PID 1.
 
-Runs: root, as PID 1 of fresh pid, mount, ipc and uts namespaces, then execs what the specification says. Standard
-library only, no site directory: `python3 -I -S boxroot.py SPEC.json`. The host's file system is not written to: the
-new root is a tmpfs, and what comes from the host is bound into it read-only.
+Runs: root, in the box's network namespace, as `python3 -I -S boxroot.py SPEC.json`; the child becomes PID 1 of fresh
+pid, mount, ipc and uts namespaces and execs what the specification says, the parent ends as PID 1 ends. (unshare(1)
+cannot pass on that its child was killed.) Standard library only. The host's file system is not written to: the new
+root is a tmpfs, and what comes from the host is bound into it read-only.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import time
 from typing import Any
 
 MS_RDONLY, MS_NOSUID, MS_NODEV, MS_REMOUNT, MS_BIND, MS_REC = 1, 2, 4, 32, 4096, 16384
+MS_PRIVATE = 1 << 18
 MNT_DETACH = 2
-PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 24, 38
+CLONE_NEWNS, CLONE_NEWUTS, CLONE_NEWIPC, CLONE_NEWPID = 0x20000, 0x4000000, 0x8000000, 0x20000000
+PR_SET_PDEATHSIG, PR_CAPBSET_DROP, PR_SET_NO_NEW_PRIVS = 1, 24, 38
 SYS_PIVOT_ROOT = {"x86_64": 155, "aarch64": 41}
 DEVICES = ("null", "zero", "full", "random", "urandom", "tty")
 SYSTEM = ("bin", "sbin", "lib", "lib32", "lib64", "libx32", "usr", "opt")
@@ -112,9 +115,27 @@ def restrict(spec: dict[str, Any]) -> None:
         check(libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0), "prctl")
 
 
+def isolate(spec: dict[str, Any]) -> None:
+    """Return as PID 1 of new namespaces; the process that called waits for its end and ends the same way."""
+    check(libc.unshare(CLONE_NEWNS | CLONE_NEWUTS | CLONE_NEWIPC | CLONE_NEWPID), "unshare")
+    mount("none", "/", flags=MS_PRIVATE | MS_REC)
+    child = os.fork()
+    if child == 0:
+        check(libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0), "prctl")
+        return
+    os.close(spec["report_fd"])
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if status < 0:
+        if -status != signal.SIGKILL:
+            signal.signal(-status, signal.SIG_DFL)
+        os.kill(os.getpid(), -status)
+    os._exit(status)
+
+
 def main() -> None:
     with open(sys.argv[1]) as file:
         spec = json.load(file)
+    isolate(spec)
     os.umask(0o022)
     outer_pid = os.readlink("/proc/self")  # the host's /proc still: our PID as the host sees it
     build(spec)
@@ -126,7 +147,7 @@ def main() -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
     report = spec["report_fd"]
     os.set_inheritable(report, False)
-    os.write(report, f"{outer_pid} {time.monotonic()!r}\n".encode())
+    os.write(report, f"{outer_pid} {time.monotonic()!r}".encode())
     os.execve(spec["argv"][0], spec["argv"], spec["env"])
 
 

@@ -25,7 +25,7 @@ _LOG_LIMIT = 500_000
 _BURST = 64  # datagrams read before other work gets its turn
 _ADVERTISED = 1232  # EDNS size (DNS flag day 2020)
 _OPT = b"\0" + struct.pack("!HHIH", dns.rdatatype.OPT, _ADVERTISED, 0, 0)
-IPV6_RECVPKTINFO, IPV6_PKTINFO, IP_PKTINFO = 49, 50, 8  # linux/in6.h, linux/in.h
+IPV6_RECVPKTINFO, IPV6_PKTINFO, IPV6_FREEBIND, IP_PKTINFO = 49, 50, 78, 8  # linux/in6.h, linux/in.h
 
 
 class Logged(NamedTuple):
@@ -199,6 +199,8 @@ def udp_socket(family: int, port: int) -> socket.socket:
     if family == socket.AF_INET6:
         sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
         sock.setsockopt(socket.IPPROTO_IPV6, IPV6_RECVPKTINFO, 1)
+        # A source that is only local by a route counts as foreign (net/ipv6/datagram.c).
+        sock.setsockopt(socket.IPPROTO_IPV6, IPV6_FREEBIND, 1)
         sock.bind(("::", port))
     else:
         sock.setsockopt(socket.IPPROTO_IP, IP_PKTINFO, 1)

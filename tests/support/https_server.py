@@ -14,11 +14,13 @@ import ssl
 import time
 from collections import deque
 from enum import StrEnum
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 from urllib.parse import parse_qs, urlsplit
 
-from tests.support.authority import Authority
 from tests.support.dns_server import packet_destination, send_from, udp_socket
+
+if TYPE_CHECKING:
+    from tests.support.authority import Authority
 
 ANY = ("0.0.0.0", "::")
 TCP_ECHO = (7, 22, 5000, 8443)

@@ -11,16 +11,18 @@ import gc
 import json
 import sys
 import traceback
-from collections.abc import Callable
 from dataclasses import astuple
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tests.support.authority import Authority
 from tests.support.dns_server import DnsServer, Manner
 from tests.support.https_server import META_HOST, Meta, WebServer
 from tests.support.packets import Sniffer
 from tests.support.zone import Entry, Fault, Zone
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 SOCKET = "internet.sock"
 _LINE_LIMIT = 64 << 20
@@ -47,10 +49,8 @@ class Internet:
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         while line := await reader.readline():
             request = json.loads(line)
-            action: Callable[..., Any] | None = getattr(self, "do_" + request.pop("do").replace(".", "_"), None)
             try:
-                if action is None:
-                    raise LookupError("no such request")
+                action: Callable[..., Any] = getattr(self, "do_" + request.pop("do").replace(".", "_"))
                 answer = {"ok": action(**request)}
             except Exception:
                 answer = {"error": traceback.format_exc()}

@@ -17,17 +17,20 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from tests.support import authority, namespaces, remote
 from tests.support.box import Box
 from tests.support.internet import SOCKET
 from tests.support.namespaces import Family, LabError
-from tests.support.packets import Packet
 from tests.support.remote import Dns, Remote, Web
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+    from types import TracebackType
+
+    from tests.support.packets import Packet
 
 ROOT = Path(__file__).resolve().parents[2]
 _START_LIMIT = 20.0  # seconds; it takes 0.3 s on an idle machine

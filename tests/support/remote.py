@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import json
 import socket
-from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tests.support.dns_server import Logged
 from tests.support.https_server import META, META_HOST, Meta, Request
 from tests.support.namespaces import LabError
 from tests.support.packets import Packet
 from tests.support.zone import Entry, Fault
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+    from pathlib import Path
 
 RESOLVER4, RESOLVER6 = "203.0.113.53", "2001:db8:2::53"
 SILENT4, SILENT6 = "203.0.113.54", "2001:db8:2::54"

@@ -6,15 +6,17 @@ A name that was never asked for costs one build by dnspython; every later answer
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import dns.name
 import dns.rdata
 import dns.rdataclass
 import dns.rdatatype
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
 
 OWNER = b"\xc0\x0c"  # compression pointer to the question's name (RFC 1035, 4.1.4)
 NOERROR, SERVFAIL, NXDOMAIN, REFUSED = 0, 2, 3, 5
@@ -186,7 +188,9 @@ class Zone:
         key = (kind, value, ttl)
         if key not in self._wire:
             number = dns.rdatatype.from_text(kind)
-            data = dns.rdata.from_text(dns.rdataclass.IN, number, value, origin=dns.name.root).to_wire()
+            data = dns.rdata.from_text(
+                dns.rdataclass.IN, number, value, origin=dns.name.root, relativize=False
+            ).to_wire()
             assert data is not None
             self._wire[key] = struct.pack("!HHIH", number, 1, ttl, len(data)) + data
         return self._wire[key]
