@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support import box as boxes
 from tests.support import lab as labs
+from tests.support import namespaces
 from tests.support.lab import Lab
 
 if TYPE_CHECKING:
@@ -90,13 +90,13 @@ def no_leftovers(request: pytest.FixtureRequest) -> Iterator[None]:
         return
     if "module_lab" in request.fixturenames:  # outlives the test on purpose: have it made before the count
         request.getfixturevalue("module_lab")
-    before, things = _children(), set(boxes.leftovers())
+    before, things = _children(), set(namespaces.leftovers())
     yield
     until = time.monotonic() + 1.0
     while (left := _children() - before) and time.monotonic() < until:
         time.sleep(0.01)
     assert not left, f"processes left behind: {left}"
-    kept = {path for path in boxes.leftovers() if "-ca-" not in path and "-copy-" not in path}
+    kept = {path for path in namespaces.leftovers() if "-ca-" not in path and "-copy-" not in path}
     assert kept <= things, f"left behind: {kept - things}"
 
 

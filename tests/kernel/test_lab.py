@@ -429,17 +429,17 @@ def test_killing_a_session_from_outside_ends_it_inside(stand_in: Box) -> None:
 
 
 def test_nothing_is_left_even_after_an_error() -> None:
-    before = boxes.leftovers()
+    before = namespaces.leftovers()
 
     def fail() -> None:
         with Lab() as lab:
             lab.box(argv=STAND_IN).start()
-            assert boxes.leftovers() != before
+            assert namespaces.leftovers() != before
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
         fail()
-    assert boxes.leftovers() == before
+    assert namespaces.leftovers() == before
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
-from tests.support import namespaces, product
+from tests.support import product
 from tests.support.namespaces import Family, LabError
 from tests.support.remote import RESOLVER4, RESOLVER6
 
@@ -77,6 +77,19 @@ class Logs(NamedTuple):
 
 class BoxError(AssertionError):
     """The box did not do what it had to; the message ends with its log."""
+
+
+class Session(subprocess.Popen[bytes]):
+    """A command in a box. A signal goes to the command itself: nsenter then reaps it and ends the same way."""
+
+    def send_signal(self, sig: int) -> None:
+        for path in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                pid, _, rest = path.read_text().partition(" ")
+                if rest.rpartition(")")[2].split()[1] == str(self.pid):
+                    os.kill(int(pid), sig)
+                    return
+        super().send_signal(sig)
 
 
 class Box:
@@ -315,9 +328,9 @@ class Box:
         stdin: int | IO[Any] | None = subprocess.PIPE,
         stdout: int | IO[Any] | None = subprocess.PIPE,
         stderr: int | IO[Any] | None = subprocess.PIPE,
-    ) -> subprocess.Popen[bytes]:
-        """Start a command in the box; killing what is returned kills the command."""
-        return subprocess.Popen(
+    ) -> Session:
+        """Start a command in the box; signalling what is returned signals the command."""
+        return Session(
             self.entering(argv, user=user), stdin=stdin, stdout=stdout, stderr=stderr, bufsize=0,
             env=self._session_environment(user),
         )  # fmt: skip
@@ -381,21 +394,3 @@ class Box:
                 if role in words[1:4] and any("initd" in word for word in words[:3]):
                     found[role] = pid
         return found
-
-
-def leftovers() -> list[str]:
-    """Namespaces, directories and mounts of this process's labs that still exist."""
-    mark = f"-{os.getpid()}-"
-    names = [
-        path.name
-        for directory in (namespaces.NETNS_DIRECTORY, namespaces.DIRECTORY)
-        if directory.is_dir()
-        for path in directory.iterdir()
-        if path.name.startswith(namespaces.PREFIX) and mark in path.name
-    ]
-    mounts = [
-        line.split()[4]
-        for line in Path("/proc/self/mountinfo").read_text().splitlines()
-        if namespaces.PREFIX in line and mark in line
-    ]
-    return sorted(set(names + mounts))

@@ -126,3 +126,21 @@ def join(*, box: str, internet: str, family: Family) -> None:
     theirs += [f"{'-6 ' if ':' in net else ''}route add local {net} dev lo" for net in (*PUBLIC, *SPECIAL)]
     configure(internet, [line.removeprefix("-6 ") for line in theirs])
     configure(box, [line.removeprefix("-6 ") for line in ours])
+
+
+def leftovers() -> list[str]:
+    """Namespaces, directories and mounts of this process's labs that still exist."""
+    mark = f"-{os.getpid()}-"
+    names = [
+        path.name
+        for directory in (NETNS_DIRECTORY, DIRECTORY)
+        if directory.is_dir()
+        for path in directory.iterdir()
+        if path.name.startswith(PREFIX) and mark in path.name
+    ]
+    mounts = [
+        line.split()[4]
+        for line in Path("/proc/self/mountinfo").read_text().splitlines()
+        if PREFIX in line and mark in line
+    ]
+    return sorted(set(names + mounts))

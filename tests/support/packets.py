@@ -23,7 +23,7 @@ _HOP_BY_HOP = 0
 
 @dataclass(frozen=True, slots=True)
 class Packet:
-    """A packet from the box. `at` is monotonic seconds; ports are 0 and `kind`, the ICMP type, -1 where there is none."""
+    """A packet from the box. `at` is monotonic seconds; ports are 0 and the ICMP type `kind` -1 where there is none."""
 
     at: float
     family: int  # 4 or 6
