@@ -14,6 +14,7 @@ from initd.core.policy import Feed
 from initd.errors import InitdError
 
 if TYPE_CHECKING:
+    from initd.core.ruleset import IPNetwork
     from initd.live import Live
     from initd.settings import Settings
 
@@ -72,3 +73,10 @@ class GithubFeed:
             log.warning("feed.unsaved", feed="github", reason=str(error))
         await self._put(ranges)
         return True
+
+    async def _put(self, ranges: tuple[IPNetwork, ...]) -> None:
+        if ranges == self._live.feeds.get(Feed.GITHUB):
+            return
+        self._live.feeds[Feed.GITHUB] = ranges
+        await self._live.refresh()
+        self._live.parts.log.info("feed.applied", feed="github", ranges=len(ranges))

@@ -8,9 +8,11 @@ force.
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from initd.core.policy import Feed, changes, widens
@@ -18,17 +20,18 @@ from initd.core.ruleset import Context, Membership, compile_ruleset
 from initd.errors import PrivilegeError
 from initd.kernel import conntrack
 from initd.network import neighbourhood
-from initd.resolve import Resolution, resolve_names
+from initd.resolve import Resolution, guard_options, resolve_names
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
     from initd.core.policy import Lookup, Policy
     from initd.core.ruleset import Endpoint, IPNetwork, Ruleset
-    from initd.dnsguard import DnsGuard
+    from initd.dnsguard import DnsGuard, GuardOptions
     from initd.enforce import Enforcer
     from initd.kernel.base import Backend
     from initd.logs import Log
+    from initd.settings import Settings
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -36,12 +39,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What `Live` works with; `warden_uid` is the UID whose packets may reach the upstream resolvers."""
+    """What `Live` works with."""
 
     backend: Backend
     enforcer: Enforcer
     guard: DnsGuard
-    warden_uid: int
+    settings: Settings
     log: Log
 
 
@@ -77,6 +80,7 @@ class Live:
         self.now: InForce | None = None
         self.last_reload: Reloaded | None = None
         self._changing = asyncio.Lock()
+        self._options: GuardOptions | None = None
         # python-iptables must not be entered twice, and pyroute2's sync sockets not from a running loop.
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="netfilter")
 
@@ -151,14 +155,19 @@ class Live:
                 ms=round((time.monotonic() - started) * 1000, 1),
             )
         first, self.now = self.now is None, InForce(policy, source, lookup, ruleset)
-        self.parts.backend.forget(self.parts.guard.set_policy(lookup.decide))
+        options = guard_options(self.parts.settings, policy, chain.from_iterable(self._networks().values()))
+        self.parts.guard.set_policy(lookup.decide, options=None if options == self._options else options)
+        self._options = options
         return () if first else await self.in_worker(self._cut, ruleset)
 
     def _compile(self, policy: Policy) -> Ruleset:
+        context = Context(warden_uid=os.getuid(), upstreams=self.upstreams, subnets=frozenset(neighbourhood().subnets))
+        return compile_ruleset(policy.ranges, policy.feeds, self._networks(), context)
+
+    def _networks(self) -> dict[Feed, tuple[IPNetwork, ...]]:
+        """Every feed's ranges as they are now."""
         around = neighbourhood()
-        feeds = {**self.feeds, Feed.HOST: around.gateways, Feed.SUBNET: around.subnets}
-        context = Context(warden_uid=self.parts.warden_uid, upstreams=self.upstreams, subnets=frozenset(around.subnets))
-        return compile_ruleset(policy.ranges, policy.feeds, feeds, context)
+        return {**self.feeds, Feed.HOST: around.gateways, Feed.SUBNET: around.subnets}
 
     def _cut(self, ruleset: Ruleset) -> tuple[str, ...]:
         """Close every outgoing connection that `ruleset` and the learned set no longer allow."""

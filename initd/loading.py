@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from initd.core import policy
-from initd.core.presets import DEFAULT_POLICY
 from initd.files import read_regular
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ def load_policy(settings: Settings) -> Loaded:
     """The policy file, or the defaults when there is none; ConfigError with every bad line otherwise."""
     path = settings.policy
     if not os.path.lexists(path):
-        return Loaded(policy.parse(DEFAULT_POLICY, file=DEFAULTS), DEFAULTS)
+        return Loaded(policy.parse(policy.DEFAULT_POLICY, file=DEFAULTS), DEFAULTS)
     name = str(path)
     text = policy.decode(read_regular(path, policy.MAX_BYTES), file=name)
     return Loaded(policy.parse(text, file=name), name)

@@ -7,14 +7,21 @@ learned set before it counts as resolved. A name that does not resolve is a warn
 from __future__ import annotations
 
 import asyncio
+import os
 from dataclasses import dataclass
 from ipaddress import ip_address
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from initd.core.dnsfilter import GuardOptions
+from initd.core.leases import Terms
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping
 
-    from initd.core.ruleset import IPAddress
+    from initd.core.policy import Policy
+    from initd.core.ruleset import IPAddress, IPNetwork
+    from initd.settings import Settings
 
 CONCURRENCY = 128
 """Names in flight; each is two queries (A and AAAA)."""
@@ -73,3 +80,33 @@ def parse_hosts(text: str) -> dict[str, tuple[IPAddress, ...]]:
             if address not in held:
                 held.append(address)
     return {name: tuple(held) for name, held in names.items()}
+
+
+class Listed(NamedTuple):
+    """Whether an address lies in one of `networks`; a value, so that two of them compare."""
+
+    networks: tuple[IPNetwork, ...]
+
+    def __call__(self, address: IPAddress) -> bool:
+        """For `GuardOptions.range_listed`."""
+        return any(address in network for network in self.networks)
+
+
+def guard_options(settings: Settings, policy: Policy, feeds: Iterable[IPNetwork]) -> GuardOptions:
+    """What the guard has to know besides the names: the terms of leases, /etc/hosts, and the listed ranges."""
+    hosts = read_hosts()
+    own = os.uname().nodename.lower()
+    return GuardOptions(
+        terms=Terms(floor=settings.dns_floor, grace=settings.dns_grace),
+        local_names=hosts,
+        own_names={own: hosts[own]} if own in hosts else {},
+        range_listed=Listed((*(rule.network for rule in policy.ranges), *feeds)),
+    )
+
+
+def read_hosts(path: Path = Path("/etc/hosts")) -> dict[str, tuple[IPAddress, ...]]:
+    """The engine's hosts file; empty when there is none."""
+    try:
+        return parse_hosts(path.read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return {}

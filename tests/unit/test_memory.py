@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from initd import state
+from initd import memory
 
-FULL = state.State(
+FULL = memory.State(
     policy='github.com\n# "quoted" \\ back\n',
     source="file",
     saved=1_700_000_000.25,
@@ -18,14 +18,14 @@ FULL = state.State(
 
 def test_round_trip_and_world_readable(tmp_path: Path) -> None:
     path = tmp_path / "state.toml"
-    state.save(FULL, path)
-    assert state.load(path) == FULL
+    memory.save(FULL, path)
+    assert memory.load(path) == FULL
     assert path.stat().st_mode & 0o777 == 0o644
     assert [one.name for one in tmp_path.iterdir()] == ["state.toml"]
 
 
 def test_absent_is_none(tmp_path: Path) -> None:
-    assert state.load(tmp_path / "state.toml") is None
+    assert memory.load(tmp_path / "state.toml") is None
 
 
 @pytest.mark.parametrize("text", ["", "format = 2", "not toml at all", "format = 1\npolicy = 3", "\xff\xfe"])
@@ -33,14 +33,14 @@ def test_what_is_not_ours_is_refused_whole(tmp_path: Path, text: str) -> None:
     path = tmp_path / "state.toml"
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(ValueError, match="."):
-        state.load(path)
+        memory.load(path)
 
 
 def test_a_failed_save_keeps_the_old_document(tmp_path: Path) -> None:
     path = tmp_path / "state.toml"
-    state.save(FULL, path)
-    broken = state.State(policy="x", source="file", saved=1.0, leases={"x": object()})
+    memory.save(FULL, path)
+    broken = memory.State(policy="x", source="file", saved=1.0, leases={"x": object()})
     with pytest.raises(TypeError):
-        state.save(broken, path)
-    assert state.load(path) == FULL
+        memory.save(broken, path)
+    assert memory.load(path) == FULL
     assert [one.name for one in tmp_path.iterdir()] == ["state.toml"]

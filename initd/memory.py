@@ -8,22 +8,31 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 import tomllib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import tomli_w
 
+from initd.core.policy import dump
+
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from initd.live import Live
+
+FILE = "state.toml"
 FORMAT = 1
 LIMIT = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """The policy in force as text, where it came from, the feeds' ranges, the upstream resolvers and the leases."""
+    """The policy in force as text, where it came from, the feeds' ranges, the upstream resolvers and the leases.
+
+    `saved` is seconds since the epoch, leases are name → address → remaining seconds at that time.
+    """
 
     policy: str
     source: str
@@ -31,6 +40,22 @@ class State:
     upstreams: tuple[str, ...] = ()
     feeds: dict[str, list[str]] = field(default_factory=dict)
     leases: dict[str, Any] = field(default_factory=dict)
+
+    def age(self, now: float) -> float:
+        """Seconds since it was saved; never negative, whatever the clock did."""
+        return max(now - self.saved, 0.0)
+
+
+def remember(live: Live, *, now: float) -> State:
+    """What is in force now, as a document."""
+    return State(
+        policy=dump(live.in_force.policy),
+        source=live.in_force.source,
+        saved=now,
+        upstreams=tuple(str(one.address) for one in sorted(live.upstreams)),
+        feeds={feed.value: [str(network) for network in networks] for feed, networks in live.feeds.items()},
+        leases=live.parts.guard.leases.to_state(time.monotonic()),
+    )
 
 
 def save(state: State, path: Path) -> None:

@@ -1,0 +1,86 @@
+"""Runs: warden, always. What has to be done again and again: heartbeat, leases of open connections, resolv.conf, state."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import TYPE_CHECKING
+
+from initd import memory
+from initd.kernel import conntrack
+
+if TYPE_CHECKING:
+    from collections.abc import Awaitable, Callable
+
+    from initd.feeds import GithubFeed
+    from initd.keeping import Keeping
+    from initd.live import Live
+    from initd.resolvconf import ResolvConf
+    from initd.settings import Settings
+
+HEARTBEAT = 5.0
+"""Seconds between signs of life; the keeper waits for four of them."""
+
+SWEEP = 10.0
+"""Seconds between looks at open connections and resolv.conf."""
+
+SAVE = 2.0
+"""Seconds between looks whether anything is worth writing down."""
+
+
+class Upkeep:
+    """The warden's recurring duties; `run` returns when the keeper says stop."""
+
+    def __init__(self, settings: Settings, live: Live, resolv: ResolvConf, keeping: Keeping) -> None:
+        self._settings = settings
+        self._live = live
+        self._resolv = resolv
+        self._keeping = keeping
+        self._written: object = None
+
+    async def run(self, feed: GithubFeed) -> None:
+        """Do them all until told to stop. A duty that fails says so and is tried again at its next turn."""
+        duties = [
+            asyncio.create_task(feed.keep()),
+            asyncio.create_task(self._every(HEARTBEAT, self._heartbeat)),
+            asyncio.create_task(self._every(SWEEP, self._sweep)),
+            asyncio.create_task(self._every(SAVE, self._save)),
+        ]
+        try:
+            await self._keeping.stopping.wait()
+        finally:
+            for duty in duties:
+                duty.cancel()
+            await asyncio.gather(*duties, return_exceptions=True)
+        await self._save()
+
+    async def _every(self, seconds: float, duty: Callable[[], Awaitable[None]]) -> None:
+        while True:
+            try:
+                await duty()
+            except Exception:  # noqa: BLE001 - one failed turn must not end the duty
+                self._live.parts.log.exception("upkeep.failed", duty=duty.__name__)
+            await asyncio.sleep(seconds)
+
+    async def _heartbeat(self) -> None:
+        self._keeping.tell("alive")
+
+    async def _sweep(self) -> None:
+        in_use = await self._live.in_worker(conntrack.destinations)
+        self._live.parts.guard.sweep({address for address, _, _ in in_use})
+        if (upstreams := self._resolv.check()) is not None:
+            self._live.upstreams = frozenset(upstreams)
+            self._live.parts.guard.set_upstreams(upstreams)
+            await self._live.refresh()
+
+    async def _save(self) -> None:
+        """Write the state for people and for the next warden, when anything but the passing of time changed it."""
+        live = self._live
+        guard = live.parts.guard
+        mark = (live.in_force, live.feeds, live.upstreams, guard.stats().counts.forwarded, len(guard.leases))
+        if mark == self._written:
+            return
+        document = memory.remember(live, now=time.time())
+        for directory in (self._settings.run_dir, self._settings.state_dir):
+            await asyncio.to_thread(memory.save, document, directory / memory.FILE)
+        self._written = mark
