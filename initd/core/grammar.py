@@ -28,19 +28,28 @@ from initd.core.suffixes import is_shared, is_top_level
 Entry = NameRule | RangeRule | Denial | FeedRule
 
 ONE_A_LINE = "write one entry a line"
-_PROTO = re.compile(r"/(?=[A-Za-z]+\Z)")
+OTHER_PROTOCOLS = ("dccp", "gre", "http", "https", "icmp", "quic", "sctp", "tls", "ws", "wss")
+"""What people write for a protocol; a connection of these is TCP or UDP, or cannot be listed."""
+
+_PROTO = re.compile(rf"/(tcp|udp|{'|'.join(OTHER_PROTOCOLS)})\Z", re.IGNORECASE)
 _URL = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]*:)?//(?:[^/@]*@)?(\[[^\]]*\]|[^/:?]*)(?::([0-9]+))?")
 _SERVICES = re.compile(r"[0-9,]*")
+_PORT_RANGE = re.compile(r"[0-9]+-[0-9]+")
+_NOT_IPV6 = re.compile(r"[^0-9A-Fa-f:.%/]")
 
 
 class FaultError(Exception):
-    """A bad entry. `fragment` is the part of the text that the column points to."""
+    """A bad entry. `at` is the part of the text that the column points to, or its offset."""
 
-    def __init__(self, reason: str, fragment: str = "", hint: str | None = None) -> None:
+    def __init__(self, reason: str, at: str | int = 0, hint: str | None = None) -> None:
         super().__init__(reason)
         self.reason = reason
-        self.fragment = fragment
+        self.at = at
         self.hint = hint
+
+    def offset_in(self, entry: str) -> int:
+        """Characters of `entry` before the bad part; 0 when the part is not there as it was written."""
+        return self.at if isinstance(self.at, int) else max(entry.find(self.at), 0)
 
 
 class Target(NamedTuple):
@@ -75,7 +84,8 @@ def _check_shape(text: str) -> None:
         if any(word[0] in ":,/" or word[-1] in ":,/" for word in words):
             raise FaultError("space inside an entry", words[1], "write name:port or name:port,port without spaces")
         raise FaultError(f"{len(words)} entries on one line", words[1], ONE_A_LINE)
-    if "," in text and not _SERVICES.fullmatch(text.rpartition(":")[2].partition("/")[0]):
+    before, _, after = text.rpartition(":")
+    if "," in before or ("," in after and not _SERVICES.fullmatch(after.partition("/")[0])):
         raise FaultError("a list of entries", text[text.index(",") :], f"{ONE_A_LINE}, without commas")
 
 
@@ -87,18 +97,19 @@ def _url_fault(text: str) -> FaultError:
 
 
 def _denial(text: str, origin: Origin) -> Denial:
-    host, services = _split(text)
-    if text.startswith("@") or ranges.looks_like(host):
-        kind = "a preset" if text.startswith("@") else "an address or a range"
-        raise FaultError(
-            f"an exception is about a name, {text!r} is {kind}",
-            text,
-            "list less instead: what is not listed is refused",
-        )
-    if services is not None:
+    host = text if text.count(":") > 1 else text.partition(":")[0]
+    preset = text.startswith("@")
+    if preset or ranges.looks_like(host):
+        what = "a preset" if preset else "an address or a range"
+        hint = "list less instead: what is not listed is refused"
+        raise FaultError(f"an exception is about a name, {text!r} is {what}", text, hint)
+    host = _PROTO.sub("", host)
+    if host and (":" in text or _PROTO.search(text)):
         raise FaultError("an exception has no ports: the name is never resolved", text, f"write !{host}")
-    if host.lower() in {"*", "*."}:
-        raise FaultError("'!*' would refuse everything", text, "an empty file does that")
+    if "/" in host:
+        raise FaultError("a path cannot be listed, only a name", host[host.index("/") :], _meant(host, "!"))
+    if host == "*":
+        raise FaultError("'!*' would refuse everything", 0, "an empty file does that")
     name, wildcard = _name(host)
     return Denial(name=name, wildcard=wildcard, origin=origin)
 
@@ -133,7 +144,7 @@ def _grant(text: str, origin: Origin) -> NameRule | RangeRule:
     if "/" in host:
         raise FaultError("a path cannot be listed, only a name", host[host.index("/") :], _meant(host))
     if "@" in host:
-        raise FaultError("a name has no user", host, f"did you mean {host.rpartition('@')[2]}?")
+        raise _user_fault(host)
     name, wildcard = _name(host)
     if wildcard and is_shared(name):
         hint = (
@@ -147,8 +158,9 @@ def _grant(text: str, origin: Origin) -> NameRule | RangeRule:
     return NameRule(name=name, wildcard=wildcard, services=services, origin=origin)
 
 
-def _meant(host: str) -> str:
-    return f"did you mean {host.partition('/')[0]}?"
+def _meant(host: str, mark: str = "") -> str | None:
+    name = host.partition("/")[0]
+    return f"did you mean {mark}{name}?" if name else None
 
 
 def _name(host: str) -> tuple[str, bool]:
@@ -160,7 +172,8 @@ def _name(host: str) -> tuple[str, bool]:
     if not rest.removesuffix("."):
         raise FaultError("a name is missing", host, None)
     if rest.startswith("."):
-        raise FaultError(f"{host!r} begins with a dot", host, f"did you mean *.{rest.strip('.')}?")
+        plain = rest.strip(".")
+        raise FaultError(f"{host!r} begins with a dot", host, f"did you mean *.{plain}?" if plain else None)
     name = to_ascii(rest)
     if wildcard and len(name) + 2 > MAX_NAME:
         raise FaultError("no name fits below this one", host)
@@ -172,8 +185,9 @@ def _wildcard_fault(host: str) -> FaultError:
         return FaultError("'*' would list everything", host, "list the names that you need")
     tail = host.rpartition("*")[2].lstrip(".")
     plain = host.strip("*.")
-    if tail and host.rpartition("*")[0].strip("*.") == "":
-        return FaultError("a wildcard is exactly one '*.' before a name", host, f"did you mean *.{plain}?")
+    if tail and not host.rpartition("*")[0].strip("*."):
+        hint = f"did you mean *.{plain}?" if "." in plain else "list the names that you need"
+        return FaultError("a wildcard is exactly one '*.' before a name", host, hint)
     hint = f"did you mean *.{tail}?" if "." in tail else "list the names that you need"
     return FaultError("'*' can only stand at the beginning, for everything below a name", "*" + tail, hint)
 
@@ -186,6 +200,7 @@ class _Parts:
     host: str
     ports: str | None
     proto: str | None
+    at: int = 0  # where the ports begin
 
 
 def _split(text: str) -> Target:
@@ -193,12 +208,8 @@ def _split(text: str) -> Target:
     if parts.ports is None and parts.proto is None:
         return Target(parts.host, None)
     proto = "tcp" if parts.proto is None else parts.proto.lower()
-    if proto not in {"tcp", "udp"}:
-        if parts.ports is None:
-            raise FaultError("a path cannot be listed, only a name", f"/{parts.proto}", _meant(parts.host))
-        raise FaultError(
-            f"unknown protocol {parts.proto!r}", f"/{parts.proto}", "write /tcp or /udp, or nothing for tcp"
-        )
+    if proto in OTHER_PROTOCOLS:
+        raise FaultError(f"{proto!r} cannot be listed", f"/{parts.proto}", "write /tcp or /udp, or nothing for tcp")
     if parts.ports is None:
         raise FaultError(f"/{proto} without a port", f"/{parts.proto}", f"write the port too: {parts.host}:53/{proto}")
     return Target(parts.host, frozenset(Service(proto, port) for port in _ports(parts)))
@@ -207,7 +218,7 @@ def _split(text: str) -> Target:
 def _take_apart(text: str) -> _Parts:
     rest, proto = text, None
     if match := _PROTO.search(text):
-        rest, proto = text[: match.start()], text[match.end() :]
+        rest, proto = text[: match.start()], match[1]
     if rest.startswith("["):
         inside, bracket, after = rest[1:].partition("]")
         if not bracket:
@@ -218,25 +229,31 @@ def _take_apart(text: str) -> _Parts:
             raise FaultError("the prefix length belongs inside the brackets", after, hint)
         if after and not after.startswith(":"):
             raise FaultError(f"{after!r} after the bracket", after, f"did you mean [{inside}]:{after.lstrip(':')}?")
-        return _Parts(f"[{inside}]", after[1:] if after else None, proto)
+        return _Parts(f"[{inside}]", after[1:] if after else None, proto, len(inside) + 3)
     if rest.count(":") > 1:
+        if "::" not in rest and _NOT_IPV6.search(rest):
+            raise FaultError("more than one ':'", rest.rindex(":"), "write several ports as name:443,8443")
         _refuse_bare_ipv6(rest, proto)
         return _Parts(rest, None, proto)
     host, colon, ports = rest.partition(":")
     if not host:
-        raise FaultError("a name is missing", rest, "write name:port")
-    if not rest.startswith("!") and "/" in ports:
-        raise _path_fault(text, host, ports)
-    return _Parts(host, ports if colon else None, proto)
+        raise FaultError("a name is missing", 0, "write name:port")
+    if "/" in ports:
+        raise _path_fault(host, ports)
+    return _Parts(host, ports if colon else None, proto, len(host) + 1)
 
 
-def _path_fault(text: str, host: str, ports: str) -> FaultError:
+def _path_fault(host: str, ports: str) -> FaultError:
     port, _, tail = ports.partition("/")
     if tail.isdecimal() and ranges.looks_like(host):
         return FaultError("the prefix length stands before the port", f"/{tail}", f"did you mean {host}/{tail}:{port}?")
     if "@" in host:
-        return FaultError("a name has no user", text, f"did you mean {host.rpartition('@')[2]}?")
+        return _user_fault(host)
     return FaultError("a path cannot be listed, only a name", f"/{tail}", f"did you mean {host}:{port}?")
+
+
+def _user_fault(host: str) -> FaultError:
+    return FaultError("a name has no user", 0, f"did you mean {host.rpartition('@')[2]}?")
 
 
 def _refuse_bare_ipv6(text: str, proto: str | None) -> None:
@@ -253,27 +270,34 @@ def _refuse_bare_ipv6(text: str, proto: str | None) -> None:
 
 
 def _ports(parts: _Parts) -> list[int]:
-    host, ports = parts.host, parts.ports or ""
+    host, ports, at = parts.host, parts.ports or "", parts.at
     if not ports:
-        raise FaultError("the port is missing", ":", f"write {host}:443, or {host} for TCP 22, 80 and 443")
-    return [_port(port, host) for port in ports.split(",")]
+        raise FaultError("the port is missing", at - 1, f"write {host}:443, or {host} for TCP 22, 80 and 443")
+    numbers: list[int] = []
+    for port in ports.split(","):
+        numbers.append(_port(port, host, at))
+        at += len(port) + 1
+    return numbers
 
 
-def _port(text: str, host: str) -> int:
-    if text.isascii() and text.isdecimal() and len(text) <= 5 and 0 < int(text) <= 65535:
+def _port(text: str, host: str, at: int) -> int:
+    number = text.isascii() and text.isdecimal()
+    if number and len(text) <= 5 and 0 < int(text) <= 65535:
         return int(text)
+    if number:
+        raise FaultError(f"port {text[:12]} is not between 1 and 65535", at)
+    if "@" in host and not host.startswith("@"):
+        raise _user_fault(host)
     if not text:
-        raise FaultError("a port is missing beside a comma", ",", f"write {host}:80,443")
-    if "-" in text and text.replace("-", "").isdecimal():
-        raise FaultError("a range of ports cannot be listed", text, f"list each port: {host}:{text.replace('-', ',')}")
-    if "@" in host:
-        raise FaultError("a name has no user", host, f"did you mean {host.rpartition('@')[2]}?")
+        raise FaultError("a port is missing beside a comma", at, f"write {host}:80,443")
+    if _PORT_RANGE.fullmatch(text):
+        raise FaultError("a range of ports cannot be listed", at, f"list each port: {host}:{text.replace('-', ',')}")
     if text == "*":
-        raise FaultError("'*' cannot stand for ports", text, "list each port that you need")
-    if text.isascii() and text.isdecimal():
-        raise FaultError(f"port {text[:12]} is not between 1 and 65535", text)
-    hint = f"ports are numbers: {SERVICE_PORTS[text.lower()]} for {text}" if text.lower() in SERVICE_PORTS else None
-    raise FaultError(f"{text[:40]!r} is not a port", text, hint or f"write a number, as in {host}:443")
+        raise FaultError("'*' cannot stand for ports", at, "list each port that you need")
+    if text.lower() in SERVICE_PORTS:
+        raise FaultError(f"{text!r} is not a port", at, f"did you mean {host}:{SERVICE_PORTS[text.lower()]}?")
+    meant = f"did you mean {text}?" if host.lower() in SERVICE_PORTS else f"write a number, as in {host}:443"
+    raise FaultError(f"{text[:40]!r} is not a port", at, meant)
 
 
 SERVICE_PORTS = {

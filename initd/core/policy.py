@@ -5,7 +5,7 @@ The grammar is documented in docs/policy.md. Nothing here resolves, reads or log
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses
 from typing import TYPE_CHECKING
 
@@ -26,7 +26,7 @@ from initd.core.entries import (
 )
 from initd.core.grammar import FaultError, parse_entry
 from initd.core.lookup import Lookup
-from initd.core.presets import DEFAULTS
+from initd.core.presets import DEFAULT_POLICY
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -64,9 +64,6 @@ FILE = "allowed-domains.txt"
 
 MAX_BYTES = 1 << 20
 MAX_LINES = 100_000
-
-DEFAULT_POLICY = "".join(f"{entry}\n" for entry in DEFAULTS)
-"""The text that is in force when there is no policy file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +138,7 @@ def parse(text: str, *, file: str = FILE) -> Policy:
         try:
             entries += parse_entry(entry, Origin(number, entry))
         except FaultError as fault:
-            start = content.index(entry)
-            column = start + max(entry.find(fault.fragment), 0) + 1
+            column = content.index(entry) + fault.offset_in(entry) + 1
             issues.append(Issue(file, number, column, fault.reason, fault.hint))
     if issues:
         raise PolicyError(tuple(issues))
@@ -185,9 +181,12 @@ def _policy(entries: Iterable[Entry]) -> Policy:
 def dump(policy: Policy) -> str:
     """The policy in canonical text, one entry a line; `parse` makes an equivalent policy of it.
 
-    A policy with the ranges of `@github` has its names too, so that the preset's name says nothing new.
+    A feed's rules stay apart, each as it was written: the name of a preset stands for more than the feed, so that
+    `@github:8443` beside `@github` is not `@github` with four ports.
     """
-    return "".join(f"{line}\n" for line in _lines(_grants(policy)))
+    feeds = (line for rule in policy.feeds for line in _entry(subject(rule), rule.services))
+    lines = (*_lines(_grants(replace(policy, feeds=()))), *feeds)
+    return "".join(f"{line}\n" for line in sorted(lines))
 
 
 def changes(old: Policy, new: Policy) -> PolicyChange:
@@ -244,10 +243,11 @@ def _covered(network: IPNetwork, by: frozenset[IPNetwork]) -> bool:
 
 
 def subject(rule: Entry) -> str:
-    """What a rule is about, without services: `github.com`, `*.example.org`, `192.0.2.1`, `@host`, `!name`."""
+    """What a rule is about, without its services: `*.example.org`, `192.0.2.1`, `[2001:db8::/32]`, `@host`, `!name`."""
     if isinstance(rule, RangeRule):
         network = rule.network
-        return str(network.network_address if network.prefixlen == network.max_prefixlen else network)
+        text = str(network.network_address if network.prefixlen == network.max_prefixlen else network)
+        return text if network.version == 4 else f"[{text}]"
     if isinstance(rule, FeedRule):
         return f"@{rule.feed.value}"
     name = f"*.{rule.name}" if rule.wildcard else rule.name
@@ -285,10 +285,9 @@ def _lines(grants: Mapping[str, frozenset[Service]]) -> tuple[str, ...]:
 def _entry(about: str, services: frozenset[Service]) -> list[str]:
     if about.startswith("!") or services == DEFAULT_SERVICES:
         return [about]
-    host = f"[{about}]" if ":" in about else about
     ports = {proto: sorted(one.port for one in services if one.proto == proto) for proto in ("tcp", "udp")}
     return [
-        f"{host}:{','.join(map(str, numbers))}{'' if proto == 'tcp' else '/udp'}"
+        f"{about}:{','.join(map(str, numbers))}{'' if proto == 'tcp' else '/udp'}"
         for proto, numbers in ports.items()
         if numbers
     ]

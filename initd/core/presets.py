@@ -70,5 +70,12 @@ PRESETS: dict[str, Preset] = {
     ),
 }
 
-DEFAULTS: tuple[str, ...] = ("@github", "@npm", "@anthropic", "sentry.io", "statsig.anthropic.com", "statsig.com")
-"""What is listed when there is no policy file."""
+DEFAULT_POLICY = """\
+@github
+@npm
+@anthropic
+sentry.io
+statsig.anthropic.com
+statsig.com
+"""
+"""The text of the policy that is in force when there is no file."""

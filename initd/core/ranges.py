@@ -31,7 +31,7 @@ _EMBEDDED: tuple[tuple[IPv6Network, int, str], ...] = (
 
 _MAPPED = IPv6Network("::ffff:0:0/96")
 _THIS_HOST = IPv4Network("0.0.0.0/8")
-_DIGITS = re.compile(r"[0-9.]+(?:/.*)?", re.DOTALL)
+_DIGITS = re.compile(r"[0-9.]*[0-9][0-9.]*(?:/.*)?", re.DOTALL)
 
 
 class RangeFaultError(Exception):
@@ -45,7 +45,7 @@ class RangeFaultError(Exception):
 
 def looks_like(host: str) -> bool:
     """True when `host` can only be meant as an address or a range, whether it is a good one or not."""
-    return host.startswith("[") or host.count(":") > 1 or (_DIGITS.fullmatch(host) is not None and host != ".")
+    return host.startswith("[") or host.count(":") > 1 or _DIGITS.fullmatch(host) is not None
 
 
 def is_ipv6(text: str) -> bool:
@@ -62,7 +62,7 @@ def parse_range(host: str) -> IPNetwork:
     text = host.removeprefix("[").removesuffix("]")
     address, slash, prefix = text.partition("/")
     if host.startswith("[") and ":" not in text:
-        raise RangeFaultError("brackets are for IPv6", f"did you mean {text}?")
+        raise RangeFaultError("brackets are for IPv6 addresses", f"did you mean {text}?" if text else None)
     if "%" in text:
         raise RangeFaultError("a zone index has no meaning in a policy", f"did you mean {text.partition('%')[0]}?")
     if slash and not (prefix.isascii() and prefix.isdecimal() and len(prefix) <= 3):
