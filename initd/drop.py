@@ -42,7 +42,9 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 def prctl(option: int, second: int = 0, third: int = 0) -> int:
     """prctl(2); OSError when the kernel refuses."""
-    result: int = _libc.prctl(option, ctypes.c_ulong(second), ctypes.c_ulong(third), ctypes.c_ulong(0), ctypes.c_ulong(0))
+    result: int = _libc.prctl(
+        option, ctypes.c_ulong(second), ctypes.c_ulong(third), ctypes.c_ulong(0), ctypes.c_ulong(0)
+    )
     if result < 0:
         code = ctypes.get_errno()
         raise OSError(code, os.strerror(code))

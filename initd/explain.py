@@ -12,7 +12,8 @@ from initd.errors import ConfigError
 
 if TYPE_CHECKING:
     from initd.core.policy import Lookup, Origin
-    from initd.core.ruleset import IPAddress, Membership
+    from initd.core.compile import Membership
+    from initd.core.ruleset import IPAddress
 
 REASONS = {
     Verdict.DENIED: "an exception line says never",

@@ -163,7 +163,9 @@ class Keeper:
         if time.monotonic() - self._started >= HEALTHY:
             self._backoff = BACKOFF_FIRST
         self._restart_at = time.monotonic() + self._backoff
-        say("error", "warden.ended", pid=pid, code=code, generation=self._generation, restart_in=round(self._backoff, 1))
+        say(
+            "error", "warden.ended", pid=pid, code=code, generation=self._generation, restart_in=round(self._backoff, 1)
+        )
         self._backoff = min(self._backoff * 2, BACKOFF_LAST)
 
     def hear_warden(self) -> None:

@@ -16,7 +16,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
 from initd.core.policy import Feed, changes, widens
-from initd.core.ruleset import Context, Membership, compile_ruleset
+from initd.core.compile import Context, Membership, compile_ruleset
 from initd.errors import PrivilegeError
 from initd.kernel import conntrack
 from initd.network import neighbourhood
@@ -161,8 +161,13 @@ class Live:
         return () if first else await self.in_worker(self._cut, ruleset)
 
     def _compile(self, policy: Policy) -> Ruleset:
-        context = Context(warden_uid=os.getuid(), upstreams=self.upstreams, subnets=frozenset(neighbourhood().subnets))
-        return compile_ruleset(policy.ranges, policy.feeds, self._networks(), context)
+        context = Context(
+            warden_uid=os.getuid(),
+            upstreams=self.upstreams,
+            subnets=frozenset(neighbourhood().subnets),
+            feeds=self._networks(),
+        )
+        return compile_ruleset(policy, context)
 
     def _networks(self) -> dict[Feed, tuple[IPNetwork, ...]]:
         """Every feed's ranges as they are now."""

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from initd import __version__, verify
-from initd.core.ruleset import Membership
+from initd.core.compile import Membership
 from initd.explain import explain
 from initd.health import examine
 from initd.loading import load_policy, writable_by
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from initd.control import Peer
     from initd.core.messages import Request
+    from initd.dnsguard import GuardStats
     from initd.keeping import Keeping
     from initd.live import Live
     from initd.settings import Settings
@@ -53,7 +54,7 @@ class Operations:
         """What the operator should know, in words."""
         how = self._writable()
         words = [f"a session can change its own policy: {how}; mount it read-only"] if how else []
-        return [*words, *self._live.parts.enforcer.missing]
+        return words
 
     def _writable(self) -> str | None:
         return writable_by(self._settings.policy, self._settings.claude_uid, self._settings.claude_gid)
@@ -78,7 +79,7 @@ class Operations:
                 "private": len(now.ruleset.private),
                 "learned": len(learned),
             },
-            "guard": {**asdict(guard), "upstreams": [str(one) for one in guard.upstreams]},
+            "guard": _guard(guard),
             "refused": dict(counters.refused),
             "last_reload": last
             and {
@@ -127,3 +128,14 @@ class Operations:
     async def _health(self, _request: Request, _peer: Peer) -> dict[str, Any]:
         checks = await examine(self._settings, self._live)
         return {"healthy": all(one["ok"] for one in checks), "checks": checks}
+
+
+def _guard(stats: GuardStats) -> dict[str, Any]:
+    """Counts and figures side by side; latencies in milliseconds, rounded to what is worth reading."""
+    figures = asdict(stats)
+    return {
+        **figures.pop("counts"),
+        **figures,
+        "upstream_p50": round(stats.upstream_p50, 2),
+        "upstream_p99": round(stats.upstream_p99, 2),
+    }

@@ -36,9 +36,9 @@ def status(answer: dict[str, Any], *, color: bool) -> str:
         f"rules     {rules['static']} static, {rules['private']} private, {rules['learned']} learned elements",
         (
             f"guard     {guard['queries']} queries, {guard['from_cache']} from cache, {guard['refused']} refused, "
-            f"{guard['leases']} leases; upstream p50 {guard['p50']} ms, p99 {guard['p99']} ms"
+            f"{guard['leases']} leases; upstream p50 {guard['upstream_p50']} ms, p99 {guard['upstream_p99']} ms"
         ),
-        f"upstream  {', '.join(guard['upstreams']) or 'none'}",
+        f"upstream  {', '.join(map(_upstream, guard['upstreams'])) or 'none'}",
         "refused   " + (", ".join(f"{value} {key}" for key, value in answer["refused"].items()) or "nothing yet"),
     ]
     if last := answer["last_reload"]:
@@ -128,3 +128,7 @@ def _span(seconds: float) -> str:
     if len(words) < 2:
         words.append(f"{left}s")
     return " ".join(words[:2])
+
+
+def _upstream(server: dict[str, Any]) -> str:
+    return f"{server['server']} ({'NOT answering' if server['ailing'] else 'healthy'})"

@@ -3,72 +3,112 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import signal
+import time
 from typing import TYPE_CHECKING
 
-from initd import logs, verify
+from initd import logs, memory, verify
 from initd.control import Control
-from initd.core.leases import Terms
+from initd.core.leases import from_state
+from initd.core.policy import parse
 from initd.dnsguard import DnsGuard
 from initd.enforce import Enforcer
 from initd.errors import EnforcementError
 from initd.feeds import GithubFeed
 from initd.keeping import Keeping
 from initd.live import Live, Parts, literal_names
-from initd.loading import Loaded, guard_options, load_policy
+from initd.loading import Loaded, load_policy
 from initd.operations import Operations
 from initd.resolvconf import ResolvConf
+from initd.resolve import guard_options
 from initd.upkeep import Upkeep
 
 if TYPE_CHECKING:
     from initd.handover import Handover
     from initd.kernel.base import Backend
+    from initd.logs import Log
     from initd.settings import Settings
 
 
 def serve(settings: Settings, handover: Handover, backend: Backend) -> int:
-    """Bring the box up and keep it so; returns 0 when told to stop. InitdErrors before `armed` end the start."""
-    return asyncio.run(_serve(settings, handover, backend))
-
-
-async def _serve(settings: Settings, handover: Handover, backend: Backend) -> int:
+    """Bring the box up and keep it so; returns 0 when told to stop. An InitdError before `armed` ends the start."""
     log = logs.configure(settings)
-    log.info("warden.lockdown" if not handover.resuming else "warden.resumes", backend=backend.name)
+    log.info("warden.resumes" if handover.resuming else "lockdown.applied", backend=backend.name)
+    return asyncio.run(_serve(settings, handover, backend, log=log))
+
+
+async def _serve(settings: Settings, handover: Handover, backend: Backend, *, log: Log) -> int:
     keeping = Keeping(handover, log=log)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, keeping.stopping.set)
+    saved = _remembered(settings, handover, log=log)
+    loaded = _resume(saved, settings) if handover.resuming else load_policy(settings)
+    log.info("policy.read", source=loaded.source, names=len(loaded.policy.names), ranges=len(loaded.policy.ranges))
 
-    saved = Upkeep.saved(settings, log=log)
-    loaded = saved.in_force() if handover.resuming else load_policy(settings)
-    log.info("policy.read", source=loaded.source)
-
-    resolv = ResolvConf(handover.resolv, saved=saved.upstreams)
+    resolv = ResolvConf(handover.resolv, saved=saved.upstreams if saved else ())
     guard = DnsGuard(
         upstreams=resolv.upstreams,
         decide=loaded.policy.lookup().decide,
         backend=backend,
-        options=guard_options(settings, loaded.policy),
+        options=guard_options(settings, loaded.policy, ()),
         log=log,
     )
-    live = Live(Parts(backend, Enforcer(backend), guard, os.getuid(), log), resolv.upstreams)
+    live = Live(Parts(backend, Enforcer(backend), guard, settings, log), resolv.upstreams)
+    feed = GithubFeed(settings, live)
     await live.put(loaded.policy, loaded.source)
-    guard.restore(saved.leases, elapsed=saved.age)
+    if saved:
+        guard.restore(from_state(saved.leases), elapsed=saved.age(time.time()))
     await guard.start(handover.sockets)
     resolv.point_to_guard()
 
     operations = Operations(settings, live, keeping)
     control = Control(operations.handle, log=log)
     await control.start(handover.sockets["control"])
-    feed = GithubFeed(settings, live)
     if not handover.resuming:
-        await asyncio.gather(feed.start(), live.resolve(literal_names(loaded.policy), within=settings.resolve_timeout))
+        names = live.resolve(literal_names(loaded.policy), within=settings.resolve_timeout)
+        await asyncio.gather(names, feed.start())
         await _verify(settings, operations, log=log)
+    for warning in operations.warnings():
+        log.warning("box.warning", text=warning)
     keeping.tell("armed")
-    log.info("warden.armed", names=len(loaded.policy.names), learned=len(guard.leases))
+    log.info("warden.armed", generation=handover.generation, leases=len(guard.leases))
 
-    upkeep = Upkeep(settings, live, resolv, keeping)
-    await upkeep.run(feed)
+    await Upkeep(settings, live, resolv, keeping).run(feed)
     await control.stop()
     await guard.stop()
     resolv.restore()
+    log.info("warden.stopped", effect="the rules stay")
     return 0
+
+
+def _remembered(settings: Settings, handover: Handover, *, log: Log) -> memory.State | None:
+    """A predecessor's state of this run, or at the first start the last run's; None when it cannot be believed."""
+    directory = settings.run_dir if handover.resuming else settings.state_dir
+    try:
+        return memory.load(directory / memory.FILE)
+    except ValueError as error:
+        log.warning("state.unusable", path=str(directory / memory.FILE), reason=str(error))
+        return None
+
+
+def _resume(saved: memory.State | None, settings: Settings) -> Loaded:
+    """The policy that was in force, not the file: what is in the file has not been asked for by anybody yet."""
+    if saved is None:
+        return load_policy(settings)
+    return Loaded(parse(saved.policy, file=memory.FILE), saved.source)
+
+
+async def _verify(settings: Settings, operations: Operations, *, log: Log) -> None:
+    """Try it as a session would. With `strict` an unlisted thing that is not refused is fatal."""
+    if settings.verify == "off":
+        log.warning("verify.off")
+        return
+    checks = await operations.verify()
+    leaks = verify.failed(checks, fatal=True)
+    for check in (*leaks, *verify.failed(checks, fatal=False)):
+        log.warning("verify.failed", check=check.name, detail=check.detail)
+    if leaks and settings.verify == "strict":
+        raise EnforcementError(
+            "verification failed:\n" + "\n".join(f"  {check.name}: {check.detail}" for check in leaks),
+            hint="the network is not refusing what it must; INITD_VERIFY=warn starts the box all the same",
+        )
+    log.info("verify.done", checks=len(checks), failed=sum(not check.ok for check in checks))

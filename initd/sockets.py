@@ -66,7 +66,9 @@ def _dns(family: socket.AddressFamily, kind: socket.SocketKind, address: str) ->
                 f"{where} is in use", hint="stop the other resolver in this network namespace (ss -lnup sport = 53)"
             ) from error
         if error.errno == errno.EADDRNOTAVAIL:
-            raise KernelError(f"{address} does not exist here", hint="bring the loopback up: ip link set lo up") from error
+            raise KernelError(
+                f"{address} does not exist here", hint="bring the loopback up: ip link set lo up"
+            ) from error
         raise KernelError(f"{where} cannot be opened: {error.strerror}") from error
     return sock
 
