@@ -31,10 +31,16 @@ def configure(settings: Settings) -> Log:
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             structlog.processors.format_exc_info,
+            _in_order,
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[settings.log_level.upper()]),
         logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
         cache_logger_on_first_use=True,
     )
-    return structlog.get_logger().bind(process="warden")
+    return structlog.get_logger()
+
+
+def _in_order(_logger: object, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """Time, level and event first, as PID 1's and the keeper's lines have them (`initd.journal`)."""
+    return {key: event.pop(key) for key in ("timestamp", "level", "event") if key in event} | event

@@ -32,7 +32,7 @@ def status(answer: dict[str, Any], *, color: bool) -> str:
     state = _paint("enforcing" if answer["ready"] else "starting", GREEN if answer["ready"] else YELLOW, color=color)
     lines = [
         f"{state}  backend {answer['backend']}, up {_span(answer['uptime'])}, warden started {answer['generation']}x",
-        f"policy    {policy['file']} ({policy['source']}): {_sizes(policy)}",
+        f"policy    {policy['source']}: {_sizes(policy)}",
         f"rules     {rules['static']} static, {rules['private']} private, {rules['learned']} learned elements",
         (
             f"guard     {guard['queries']} queries, {guard['from_cache']} from cache, {guard['refused']} refused, "
