@@ -11,8 +11,8 @@ from initd.core.special import special_of
 from initd.errors import ConfigError
 
 if TYPE_CHECKING:
-    from initd.core.policy import Lookup, Origin
     from initd.core.compile import Membership
+    from initd.core.policy import Lookup, Origin
     from initd.core.ruleset import IPAddress
 
 REASONS = {

@@ -70,10 +70,7 @@ def test(answer: dict[str, Any], *, color: bool) -> str:
     allowed = answer["allowed"]
     word = _paint("allowed" if allowed else "refused", GREEN if allowed else RED, color=color)
     lines = [f"{answer['target']}: {word}: {answer['reason']}"]
-    lines += [
-        f"  line {one['line']}: {one['text']}" + (f" (from {one['preset']})" if one["preset"] else "")
-        for one in answer["lines"]
-    ]
+    lines += [f"  line {one['line']}: {one['text']}" for one in answer["lines"]]
     return "\n".join(lines)
 
 

@@ -30,8 +30,9 @@ class Context:
 
 
 def compile_ruleset(policy: Policy, context: Context) -> Ruleset:
-    """The ruleset of `policy`. Elements wholly inside a special range are `private`; one that only touches a special
-    range stays static, so that the rule against special ranges still refuses that part.
+    """The ruleset of `policy`: elements wholly inside a special range are `private`, all others static.
+
+    One that only touches a special range is static, so that the rule against special ranges still refuses that part.
     """
     private: set[Element] = set()
     static: set[Element] = set()

@@ -48,7 +48,7 @@ def test_the_decision_and_the_line_that_decides(target: str, *, allowed: bool, r
 
 
 def test_a_preset_is_named() -> None:
-    assert "(from @pypi)" in as_text(explain("pypi.org", LOOKUP, HELD), color=False)
+    assert "line 7: @pypi" in as_text(explain("pypi.org", LOOKUP, HELD), color=False)
 
 
 @pytest.mark.parametrize(
