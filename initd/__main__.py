@@ -7,7 +7,7 @@ that is neither blocked nor handled (`sig_task_ignored` in kernel/signal.c), and
 from __future__ import annotations
 
 import sys
-from _signal import SIG_BLOCK, pthread_sigmask, valid_signals  # `signal` itself costs 5 ms of enum
+from _signal import SIG_BLOCK, pthread_sigmask, valid_signals  # type: ignore[import-not-found]  # `signal` costs 5 ms of enum
 
 TYPE_CHECKING = False  # `typing` costs 4 ms
 if TYPE_CHECKING:
@@ -40,14 +40,12 @@ INTERNAL = ("keeper", "warden", "probe")
 def main() -> int:
     """Dispatch; the one place where an `InitdError` becomes a line, a hint and an exit code."""
     argv = sys.argv[1:]
-    if argv[:1] in (["warden"], ["probe"]):
-        mask = None
-    else:
-        mask = pthread_sigmask(SIG_BLOCK, valid_signals())
+    loop = argv[:1] not in (["warden"], ["probe"])  # those two handle signals as programs do
+    mask = pthread_sigmask(SIG_BLOCK, valid_signals()) if loop else set()
     from initd.errors import InitdError  # noqa: PLC0415  # the mask comes first
 
     try:
-        return _internal(argv) if argv[:1] and argv[0] in INTERNAL else _first(argv, {int(n) for n in mask or ()})
+        return _internal(argv) if argv[:1] and argv[0] in INTERNAL else _first(argv, {int(n) for n in mask})
     except InitdError as error:
         _complain(error)
         return error.code

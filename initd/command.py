@@ -1,7 +1,5 @@
 """Runs: in PID 1 and in its forked children. Starts what PID 1 starts, and looks after the terminal."""
 
-# ruff: noqa: PTH  # pathlib costs PID 1 a megabyte
-
 from __future__ import annotations
 
 import contextlib
@@ -68,10 +66,11 @@ def _exec(argv: list[str], environ: dict[str, str]) -> int:
         except OSError as error:
             if error.errno == errno.ENOEXEC:
                 os.execve("/bin/sh", ["/bin/sh", path, *argv[1:]], environ)  # noqa: S606  # as a shell does, POSIX 2.9.1.4
-            if error.errno not in (errno.ENOENT, errno.ENOTDIR):
-                refused = refused or error.errno or 0
-            elif os.path.lexists(path):  # its interpreter is missing
+            if not os.path.lexists(path):  # nor in a folder that we may not enter
+                continue
+            if error.errno == errno.ENOENT:
                 return _complain(name, "its interpreter does not exist", NOT_FOUND)
+            refused = refused or error.errno or 0
     if refused:
         return _complain(name, os.strerror(refused), NOT_EXECUTABLE)
     return _complain(name, "command not found", NOT_FOUND)

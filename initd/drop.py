@@ -34,14 +34,14 @@ PR_CAPBSET_READ, PR_CAPBSET_DROP, PR_SET_SECUREBITS = 23, 24, 28
 PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS, PR_GET_NO_NEW_PRIVS = 36, 38, 39
 PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, PR_CAP_AMBIENT_CLEAR_ALL = 47, 2, 4
 SECUREBITS = 0b11_10_10_11
-"""securebits.h, pairs of (lock, bit): NO_CAP_AMBIENT_RAISE on, KEEP_CAPS off, NO_SETUID_FIXUP off, NOROOT on; locked."""
+"""Pairs of (lock, bit), securebits.h: NO_CAP_AMBIENT_RAISE on, KEEP_CAPS off, NO_SETUID_FIXUP off, NOROOT on."""
 CAPABILITY_V3 = 0x20080522
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def prctl(option: int, second: int = 0, third: int = 0) -> int:
-    """prctl(2); OSError when the kernel refuses."""
+    """The kernel's prctl, with OSError when the kernel refuses."""
     result: int = _libc.prctl(
         option, ctypes.c_ulong(second), ctypes.c_ulong(third), ctypes.c_ulong(0), ctypes.c_ulong(0)
     )
@@ -73,7 +73,7 @@ def need(caps: Iterable[int]) -> None:
 
 
 def capset(permitted: Iterable[int], *, effective: Iterable[int], inheritable: Iterable[int]) -> None:
-    """capset(2) of this thread; OSError when the kernel refuses."""
+    """Set this thread's three sets; OSError when the kernel refuses."""
     sets = [sum(1 << cap for cap in caps) for caps in (effective, permitted, inheritable)]
     header = (ctypes.c_uint32 * 2)(CAPABILITY_V3, 0)
     low = [bits & 0xFFFFFFFF for bits in sets]
@@ -143,7 +143,7 @@ class as_owner:  # noqa: N801  # reads as a phrase: with as_owner(folder)
     """Act with the effective UID that owns `path`, so that writing there needs no DAC_OVERRIDE."""
 
     def __init__(self, path: str) -> None:
-        self._uid = os.stat(path).st_uid  # noqa: PTH116
+        self._uid = os.stat(path).st_uid
         self._switch = os.geteuid() == 0 and self._uid != 0
 
     def __enter__(self) -> None:

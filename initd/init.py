@@ -81,7 +81,7 @@ def _prepare() -> dict[str, Any] | int:
 
         prepare.run(theirs)
     os.close(theirs)
-    with open(ours, "rb") as file:  # noqa: PTH123
+    with open(ours, "rb") as file:
         answer = file.read()
     code = reap.exit_code(os.waitpid(child, 0)[1])
     if code:

@@ -249,16 +249,19 @@ class Keeper:
                 told.add(process.pid)
             reap.wait_for_end([process.pid for process in others], [self._parent.fileno()], min(left, 0.5))
             for message in self._parent.receive():
-                if message["event"] == "stop":  # a second TERM
-                    deadline = min(deadline, time.monotonic() + _grace(message))
-            if not self._parent.open:
-                deadline = 0.0
-        for _ in range(10):  # forks that race with the walk
+                deadline = min(deadline, time.monotonic() + _grace(message))  # a second TERM
+            deadline = deadline if self._parent.open else 0.0
+        self._kill_others()
+
+    def _kill_others(self) -> None:
+        """KILL until nobody is left; ten rounds, because a fork may race with the walk."""
+        for _ in range(10):
             others = reap.living(self._init, spare={os.getpid()})
             for process in others:
                 reap.tell(process.pid, signal.SIGKILL)
-            if reap.wait_for_end([process.pid for process in others], [], 0.2) and not others:
+            if not others:
                 return
+            reap.wait_for_end([process.pid for process in others], [], 0.2)
 
 
 def _grace(message: dict[str, Any]) -> float:

@@ -172,7 +172,7 @@ def _belongs(pid: int, parents: dict[int, int], *, root: int, spare: set[int]) -
         if pid in spare:
             return False
         pid = parents.get(pid, 0)
-    return pid == root or root == 1
+    return root in (pid, 1)
 
 
 def wait_for_end(pids: list[int], extra: list[int], timeout: float) -> bool:

@@ -33,7 +33,7 @@ def open_all(settings: Settings) -> dict[str, int]:
             sock = _dns(family, kind, address)
             if sock is not None:
                 held[name] = sock.detach()
-    held["control"] = _control(os.path.join(settings.run_dir, "control.sock")).detach()  # noqa: PTH118
+    held["control"] = _control(os.path.join(settings.run_dir, "control.sock")).detach()
     try:
         held["resolv"] = os.open(RESOLV, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
@@ -66,9 +66,7 @@ def _dns(family: socket.AddressFamily, kind: socket.SocketKind, address: str) ->
                 f"{where} is in use", hint="stop the other resolver in this network namespace (ss -lnup sport = 53)"
             ) from error
         if error.errno == errno.EADDRNOTAVAIL:
-            raise KernelError(
-                f"{address} does not exist here", hint="bring the loopback up: ip link set lo up"
-            ) from error
+            raise KernelError(f"no address {address} here", hint="bring the loopback up: ip link set lo up") from error
         raise KernelError(f"{where} cannot be opened: {error.strerror}") from error
     return sock
 
@@ -77,11 +75,11 @@ def _control(path: str) -> socket.socket:
     """A listening UNIX socket that everybody may connect to; who it is, SO_PEERCRED says, unix(7)."""
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
-        with drop.as_owner(os.path.dirname(path)):  # noqa: PTH120
-            if os.path.lexists(path):  # noqa: PTH110  # a predecessor's: nobody listens on it now
-                os.unlink(path)  # noqa: PTH108
+        with drop.as_owner(os.path.dirname(path)):
+            if os.path.lexists(path):  # a predecessor's: nobody listens on it now
+                os.unlink(path)
             sock.bind(path)
-            os.chmod(path, 0o666)  # noqa: PTH101
+            os.chmod(path, 0o666)  # noqa: S103  # SO_PEERCRED decides, not the mode
         sock.listen(BACKLOG)
     except OSError as error:
         sock.close()
@@ -91,8 +89,8 @@ def _control(path: str) -> socket.socket:
 
 def publish(run_dir: str, name: str, text: str) -> None:
     """Write `name` in `run_dir` so that a reader sees it whole or not at all."""
-    path = os.path.join(run_dir, name)  # noqa: PTH118
+    path = os.path.join(run_dir, name)
     with drop.as_owner(run_dir):
-        with open(f"{path}.new", "w", encoding="utf-8") as file:  # noqa: PTH123
+        with open(f"{path}.new", "w", encoding="utf-8") as file:
             file.write(text)
-        os.replace(f"{path}.new", path)  # noqa: PTH105
+        os.replace(f"{path}.new", path)

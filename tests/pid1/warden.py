@@ -11,9 +11,10 @@ import select
 import socket
 import sys
 import time
+from pathlib import Path
 
 
-def main() -> int:
+def main() -> int:  # noqa: C901, PLR0915  # read top to bottom
     mode = sys.argv[1] if len(sys.argv) > 1 else "good"
     keeper = socket.socket(fileno=int(os.environ["INITD_KEEPER_FD"]))
     run_dir = os.environ["INITD_RUN_DIR"]
@@ -24,7 +25,7 @@ def main() -> int:
                 "pid": os.getpid(),
                 "fds": os.environ["INITD_FDS"],
                 "open": sorted(int(fd) for fd in os.listdir("/proc/self/fd")),
-                "status": open("/proc/self/status").read(),
+                "status": Path("/proc/self/status").read_text(),
                 "ppid": os.getppid(),
                 "time": time.monotonic(),
             },

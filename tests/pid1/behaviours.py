@@ -1,0 +1,334 @@
+"""What is asked of an init, each as a function that fails by assertion: one body for every init.
+
+The docstring's first line is the row's text in docs/init.md.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pty
+import signal
+import socket
+import sys
+import time
+
+from outer import HERE, children, eventually, status
+
+RECORDER = [sys.executable, "-IS", str(HERE / "recorder.py")]
+
+
+def exit_codes(make):
+    """exit codes 0 to 255 are the command's"""
+    for code in (0, 1, 42, 125, 126, 127, 200, 255):
+        assert make().start("sh", "-c", f"exit {code}", wait=False).wait() == code
+
+
+def killed_by_signal(make):
+    """a command killed by signal n gives 128 + n (TERM, KILL, SEGV)"""
+    for number in (signal.SIGTERM, signal.SIGKILL, signal.SIGSEGV):
+        assert make().start("sh", "-c", f"kill -{int(number)} $$", wait=False).wait() == 128 + number
+
+
+def not_found(make):
+    """127 and a message that names the command when it does not exist"""
+    box = make().start("no-such-command", wait=False)
+    assert box.wait() == 127
+    assert "no-such-command" in box.stderr
+
+
+def not_executable(make):
+    """126 and a message that names the command when it may not be executed"""
+    box = make()
+    (box.folder / "plain").write_text("#!/bin/sh\n")
+    (box.folder / "plain").chmod(0o644)
+    box.start(str(box.folder / "plain"), wait=False)
+    assert box.wait() == 126
+    assert "plain" in box.stderr
+
+
+def no_interpreter_line(make):
+    """a script without #! runs through sh, as a shell would run it"""
+    box = make()
+    (box.folder / "script").write_text("exit 17\n")
+    (box.folder / "script").chmod(0o755)
+    assert box.start(str(box.folder / "script"), wait=False).wait() == 17
+
+
+def _recording(make, **options):
+    box = make().start(*RECORDER, **options)
+    assert eventually((box.folder / "recording").exists), box.stderr
+    return box
+
+
+def _recorded(box):
+    return [int(line) for line in (box.folder / "signals").read_text().split()]
+
+
+def signals_forwarded(make):
+    """every signal from outside reaches the command, one to one"""
+    box = _recording(make)
+    fatal = {signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM, signal.SIGCHLD}
+    hardware = {
+        signal.SIGSEGV,
+        signal.SIGBUS,
+        signal.SIGFPE,
+        signal.SIGILL,
+        signal.SIGTRAP,
+        signal.SIGABRT,
+        signal.SIGSYS,
+    }
+    wanted = [int(n) for n in signal.valid_signals() if n not in fatal | hardware and n not in (32, 33)]
+    for count, number in enumerate(wanted, start=1):  # one by one: a pending TSTP cancels a pending CONT, signal(7)
+        box.kill(number)
+        assert eventually(lambda count=count: len(_recorded(box)) >= count, seconds=1), signal.strsignal(number)
+    assert _recorded(box) == wanted
+
+
+def realtime_not_coalesced(make):
+    """200 real-time signals sent at once arrive as 200"""
+    box = _recording(make)
+    for _ in range(200):
+        box.kill(signal.SIGRTMIN + 3)
+    eventually(lambda: len(_recorded(box)) >= 200, seconds=2)
+    assert _recorded(box) == [signal.SIGRTMIN + 3] * 200
+
+
+def stop_signals_do_not_freeze(make):
+    """TSTP, TTIN and TTOU leave no frozen box: a TERM afterwards ends it within a second"""
+    for number in (signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU):
+        box = make().start("sleep", "100")
+        box.kill(number)
+        time.sleep(0.1)
+        box.kill(signal.SIGTERM)
+        assert box.wait(2) == 143
+
+
+def session_cannot_stop(make):
+    """TERM, INT, HUP, QUIT and USR1 from a non-root process inside change nothing"""
+    box = make().start("sleep", "100", as_user=True)
+    box.session("sh", "-c", "for s in TERM INT HUP QUIT USR1; do kill -$s 1; done").wait()
+    time.sleep(0.3)
+    assert box.process.poll() is None
+
+
+def clean_signal_state(make):
+    """the command starts with no signal blocked and none ignored"""
+    box = make().start("sh", "-c", "grep -E 'SigBlk|SigIgn' /proc/self/status", wait=False)
+    assert box.wait() == 0
+    assert box.stdout.split() == ["SigBlk:", "0" * 16, "SigIgn:", "0" * 16]
+
+
+def caller_mask(make):
+    """the command starts with the caller's signal mask (USR1 blocked)"""
+    box = make(preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1}))
+    box.start("grep", "SigBlk", "/proc/self/status", wait=False)
+    assert box.wait() == 0
+    assert int(box.stdout.split()[1], 16) == 1 << (signal.SIGUSR1 - 1)
+
+
+def _terminal(make, *command):
+    master, slave = pty.openpty()
+    box = make(stdin=slave, stdout=slave, start_new_session=True)
+    box.start(*command)
+    os.close(slave)
+    os.set_blocking(master, False)
+    seen = bytearray()
+
+    def shows(text):
+        def look():
+            with contextlib.suppress(OSError):
+                seen.extend(os.read(master, 65536))
+            return text in seen
+
+        return eventually(look, seconds=5)
+
+    return box, master, shows
+
+
+def job_control(make):
+    """interactive bash on a terminal has job control (`m` in $-)"""
+    box, master, _ = _terminal(make, "bash", "--norc", "-i")
+    os.write(master, b"case $- in *m*) exit 5;; *) exit 6;; esac\n")
+    assert box.wait() == 5
+
+
+def ctrl_c(make):
+    """Ctrl-C on the terminal ends the foreground command with 130"""
+    box, master, _ = _terminal(make, "sleep", "100")
+    time.sleep(0.2)
+    os.write(master, b"\x03")
+    assert box.wait(3) == 130
+
+
+def ctrl_z(make):
+    """Ctrl-Z on the terminal does not freeze a box without a shell"""
+    box, master, _ = _terminal(make, "sh", "-c", "sleep 0.6; exit 9")
+    time.sleep(0.2)
+    os.write(master, b"\x1a")
+    assert box.wait(3) == 9
+
+
+ORPHANS = """
+import os, time, sys
+r, w = os.pipe()
+for i in range(2000):
+    if os.fork() == 0:
+        if os.fork() == 0:
+            os.close(w); os.read(r, 1); os._exit(0)   # all end at once, when the pipe closes
+        os._exit(0)
+    os.wait()
+print(flush=True)
+open(os.environ["OUT"] + "/orphans", "w").close()
+time.sleep(0.3)
+os.close(w)
+time.sleep(30)
+"""
+
+
+def orphan_storm(make):
+    """2,000 orphans that end at once leave 0 zombies 100 ms later"""
+    box = make().start(sys.executable, "-IS", "-c", ORPHANS)
+    assert eventually((box.folder / "orphans").exists, seconds=20)
+    assert len(children(box.init_pid)) >= 2000
+    assert eventually(lambda: len(children(box.init_pid)) < 1900, seconds=5, step=0.001)
+    time.sleep(0.1)
+    eventually(lambda: len(children(box.init_pid)) < 10, seconds=0.1)
+    assert box.zombies() == 0
+
+
+DAEMON = """
+import os, signal, sys, time
+out, uid = os.environ["OUT"], os.getuid()
+def end(*_):
+    time.sleep(0.3)
+    open(f"{out}/ended.{sys.argv[1]}", "w").close()
+    os._exit(0)
+signal.signal(signal.SIGTERM, end)
+os.setsid() if os.getpid() != os.getsid(0) else None
+open(f"{out}/daemon.{sys.argv[1]}", "w").close()
+while True:
+    signal.pause()
+"""
+
+
+def daemons_get_grace(make):
+    """when the command ends, a daemon with a session of its own gets TERM and time to finish"""
+    box = make()
+    (box.folder / "daemon.py").write_text(DAEMON)
+    daemon = (
+        f"{sys.executable} -IS {box.folder}/daemon.py one & while [ ! -e $OUT/daemon.one ]; do sleep 0.02; done; exit 4"
+    )
+    box.start("sh", "-c", daemon, wait=False)
+    assert box.wait() == 4
+    assert (box.folder / "ended.one").exists()
+
+
+def sessions_get_grace(make):
+    """at the engine's TERM, exec sessions of the user get TERM and time to finish"""
+    box = make().start("sleep", "100")
+    (box.folder / "daemon.py").write_text(DAEMON)
+    session = box.session(sys.executable, "-IS", str(box.folder / "daemon.py"), "user")
+    assert eventually((box.folder / "daemon.user").exists)
+    box.kill()
+    assert box.wait() == 143
+    session.wait()
+    assert (box.folder / "ended.user").exists()
+
+
+def root_sessions_get_grace(make):
+    """at the engine's TERM, root's exec sessions get TERM and time to finish, though PID 1 is not root"""
+    box = make().start("sleep", "100", as_user=True)
+    (box.folder / "daemon.py").write_text(DAEMON)
+    session = box.session(sys.executable, "-IS", str(box.folder / "daemon.py"), "root", uid=0)
+    assert eventually((box.folder / "daemon.root").exists)
+    box.kill()
+    assert box.wait() == 143
+    session.wait()
+    assert (box.folder / "ended.root").exists()
+
+
+def listening_sockets(make):
+    """LISTEN_FDS: inherited sockets reach the command, and LISTEN_PID is its PID"""
+    server = socket.socket()
+    server.bind(("127.0.0.1", 0))
+    server.listen()
+    held = os.dup2(server.fileno(), 33)
+    box = make(pass_fds=(held,))
+    setup = "exec 3<&33 33<&-; export LISTEN_FDS=1 LISTEN_PID=$$"
+    box.start("sh", "-c", 'test -S /proc/self/fd/3 && test "$LISTEN_PID" = $$', setup=setup, wait=False)
+    os.close(held)
+    assert box.wait() == 0
+
+
+def notify_socket(make):
+    """NOTIFY_SOCKET: READY=1 when ready, STOPPING=1 when it stops"""
+    box = make()
+    path = str(box.folder / "notify")
+    server = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    server.bind(path)
+    server.settimeout(5)
+    box.environ["NOTIFY_SOCKET"] = path
+    box.start("sleep", "100")
+    server.settimeout(1)
+    assert server.recv(100) == b"READY=1"
+    box.kill()
+    assert server.recv(100) == b"STOPPING=1"
+
+
+def few_descriptors(make):
+    """the init keeps no descriptor that the caller left open"""
+    held = os.dup(0)
+    box = make(pass_fds=(held,)).start("sleep", "100")
+    os.close(held)
+    time.sleep(0.1)
+    assert str(held) not in os.listdir(f"/proc/{box.init_pid}/fd")
+
+
+def no_wakeups(make):
+    """0 wake-ups in 3 idle seconds"""
+    box = make().start("sleep", "100")
+    time.sleep(0.5)
+    before = status(box.init_pid)
+    time.sleep(3)
+    after = status(box.init_pid)
+    key = "voluntary_ctxt_switches"
+    assert after[key] == before[key]
+
+
+def second_term(make):
+    """a second TERM ends the grace of those that ignore the first"""
+    box = make(environ={"INITD_STOP_GRACE": "30"}).start("sh", "-c", "trap '' TERM; while :; do sleep 1; done")
+    time.sleep(0.1)
+    box.kill()
+    time.sleep(0.3)
+    assert box.process.poll() is None
+    box.kill()
+    assert box.wait(3) == 137
+
+
+BEHAVIOURS = [
+    exit_codes,
+    killed_by_signal,
+    not_found,
+    not_executable,
+    no_interpreter_line,
+    signals_forwarded,
+    realtime_not_coalesced,
+    stop_signals_do_not_freeze,
+    session_cannot_stop,
+    clean_signal_state,
+    caller_mask,
+    job_control,
+    ctrl_c,
+    ctrl_z,
+    orphan_storm,
+    daemons_get_grace,
+    sessions_get_grace,
+    root_sessions_get_grace,
+    second_term,
+    listening_sockets,
+    notify_socket,
+    few_descriptors,
+    no_wakeups,
+]

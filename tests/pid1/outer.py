@@ -1,0 +1,172 @@
+"""An outer PID, network and mount namespace in which an init is started as the real PID 1, or below another init."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+UID = 501
+WARDEN_USER = "daemon"  # any account of its own will do
+INITS = {
+    "initd": [sys.executable, "-I", str(HERE / "start.py"), "init", "good"],
+    "tini": ["tini"],
+    "dumb-init": ["dumb-init"],
+    "catatonit": ["catatonit"],
+}
+AS_USER = ["setpriv", f"--reuid={UID}", f"--regid={UID}", "--clear-groups"]
+
+
+def installed() -> list[str]:
+    return [name for name in INITS if name == "initd" or shutil.which(name)]
+
+
+def eventually(condition, *, seconds=5.0, step=0.005):
+    """The first true value of `condition()` within `seconds`, else its last value."""
+    deadline = time.monotonic() + seconds
+    while not (value := condition()) and time.monotonic() < deadline:
+        time.sleep(step)
+    return value
+
+
+def children(pid: int) -> list[int]:
+    with contextlib.suppress(OSError):
+        return [int(word) for word in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    return []
+
+
+def status(pid: int) -> dict[str, str]:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {key: value.strip() for key, value in (line.split(":", 1) for line in lines if ":" in line)}
+
+
+class Outer:
+    """One init in namespaces of its own. `pid` is its PID as seen from outside: the engine's view."""
+
+    def __init__(self, folder: Path, *, init="initd", below=None, mode="good", environ=None, **popen):
+        self.folder, self.init, self.below, self.mode = folder, init, below, mode
+        self.popen_options = popen
+        folder.chmod(0o777)
+        for parent in folder.parents[:3]:
+            with contextlib.suppress(OSError):
+                parent.chmod(parent.stat().st_mode | 0o055)
+        self.run_dir = folder / "run"
+        self.environ = {
+            "PATH": os.environ["PATH"],
+            "CLAUDE_UID": str(UID),
+            "CLAUDE_GID": str(UID),
+            "INITD_RUN_DIR": str(self.run_dir),
+            "INITD_STATE_DIR": str(folder / "state"),
+            "INITD_STOP_GRACE": "3",
+            "INITD_WARDEN_USER": WARDEN_USER,
+            "OUT": str(folder),
+            **(environ or {}),
+        }
+        self.process: subprocess.Popen | None = None
+        self.pid = 0
+        self.stderr_path = folder / "stderr"
+
+    def start(self, *command: str, options=(), wait=True, setup="", as_user=False):
+        argv = list(INITS[self.init])
+        if self.init == "initd":
+            argv[-1] = self.mode
+        argv += [*options, *(["--", *command] if command else [])]
+        if as_user and self.init != "initd":
+            argv = [*AS_USER, *argv]
+        if self.below:
+            argv = [*self.below, *argv]
+        shell = f'ip link set lo up; {setup}\nexec "$@"'
+        outer = ["unshare", "-pfmn", "--mount-proc", "--kill-child=KILL", "bash", "-c", shell, "bash", *argv]
+        options_ = {"stdin": subprocess.DEVNULL, "stdout": (self.folder / "stdout").open("wb"), **self.popen_options}
+        self.process = subprocess.Popen(
+            outer, env=self.environ, stderr=self.stderr_path.open("wb"), cwd="/", **options_
+        )
+        self.pid = (eventually(lambda: children(self.process.pid)) or [0])[0]
+        if wait and self.init == "initd":
+            assert eventually(self.is_ready, seconds=10), self.stderr
+        elif wait:
+            assert eventually(lambda: children(self.pid)), self.stderr
+        return self
+
+    def is_ready(self):
+        return '"init.ready"' in self.stderr or self.process.poll() is not None
+
+    @property
+    def stderr(self) -> str:
+        return self.stderr_path.read_text(errors="replace")
+
+    @property
+    def stdout(self) -> str:
+        return (self.folder / "stdout").read_text(errors="replace")
+
+    @property
+    def init_pid(self) -> int:
+        """The PID (outside) of the init itself: below another init it is that one's child."""
+        return eventually(lambda: children(self.pid))[0] if self.below else self.pid
+
+    def named(self, comm: str) -> int:
+        """The outside PID of the process called `comm`."""
+        return next((pid for pid in self.inside() if self.comm(pid) == comm), 0)
+
+    @staticmethod
+    def comm(pid: int) -> str:
+        with contextlib.suppress(OSError):
+            return Path(f"/proc/{pid}/comm").read_text().strip()
+        return ""
+
+    def inside(self) -> list[int]:
+        """Every process of the PID namespace, as seen from outside."""
+        try:
+            mine = os.readlink(f"/proc/{self.pid}/ns/pid")
+        except OSError:
+            return []
+        found = []
+        for entry in Path("/proc").iterdir():
+            if entry.name.isdigit():
+                with contextlib.suppress(OSError):
+                    if os.readlink(entry / "ns/pid") == mine:
+                        found.append(int(entry.name))
+        return found
+
+    def zombies(self) -> int:
+        """Zombies keep their PID namespace but lose the link, so they are counted by their parent."""
+        count = 0
+        for pid in children(self.init_pid):
+            with contextlib.suppress(OSError, KeyError):
+                count += status(pid)["State"].startswith("Z")
+        return count
+
+    def session(self, *argv: str, uid=UID, **options) -> subprocess.Popen:
+        """As an engine's `exec`: a process in the box whose parent is outside it."""
+        user = AS_USER if uid == UID else ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"]
+        enter = [
+            "nsenter",
+            "-t",
+            str(self.pid),
+            "-p",
+            "-m",
+            "-n",
+            "--",
+            *([] if uid == 0 else [*user, "--no-new-privs"]),
+        ]
+        return subprocess.Popen([*enter, *argv], env=self.environ, cwd="/", **options)
+
+    def kill(self, number=signal.SIGTERM):
+        os.kill(self.pid, number)
+
+    def wait(self, seconds=15.0) -> int:
+        return self.process.wait(seconds)
+
+    def close(self):
+        if self.process is not None and self.process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                if self.pid:
+                    os.kill(self.pid, signal.SIGKILL)
+            self.process.kill()
+            self.process.wait()
