@@ -29,7 +29,7 @@ META_HOST = "api.github.com"
 META = {
     "verifiable_password_authentication": False,
     "hooks": ["192.0.2.128/28"],
-    "web": ["192.0.2.0/27", "2001:db8:2:6::/64"],
+    "web": ["192.0.2.96/27", "2001:db8:2:6::/64"],
     "api": ["192.0.2.64/27"],
     "git": ["192.0.2.32/28", "2001:db8:2:7::/64"],
     "packages": ["192.0.2.48/29"],

@@ -23,7 +23,7 @@ META_ADDRESS = "192.0.2.65"
 
 # Present in every new lab; everything else is for the test to add.
 WORLD = (
-    Entry("github.com", {"A": ("192.0.2.1",)}),
+    Entry("github.com", {"A": ("192.0.2.97",)}),
     Entry(META_HOST, {"A": (META_ADDRESS,)}),
     Entry("site.example", {"A": ("203.0.113.10",), "AAAA": ("2001:db8:2::10",)}),
     Entry("other.example", {"A": ("203.0.113.20",), "AAAA": ("2001:db8:2::20",)}),
