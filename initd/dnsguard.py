@@ -241,10 +241,11 @@ class DnsGuard:
         now = time.monotonic()
         entry = self._cache.find(key)
         if entry is not None and entry.expires > now:
-            if entry.generation == self._generation or _same(judged, entry.judged):
+            known = entry.generation == self._generation
+            if known or (entry.plain and _same(judged, entry.judged)):
                 self._counts.from_cache += 1
                 entry.judged = judged
-                return entry if self._admit(entry, now) else Failure("insert")
+                return entry if (known and now < entry.check) or self._admit(entry, now) else Failure("insert")
             self._cache.drop(key)
         if judged.fate is Fate.HOSTS:
             return self._accept(key, judged, _from_hosts(judged, key[1]))
@@ -305,6 +306,7 @@ class DnsGuard:
             exists = answer.rcode == wire.NOERROR or self.leases.addresses_of(judged.name)
             reply, ttl = _EMPTY if exists else _REFUSAL, min(ttl, NEGATIVE_MOST)
         entry = Entry(reply, judged, screened.learned, now + ttl)
+        entry.plain = len(screened.learned) == len(addresses)
         if not self._admit(entry, now):
             return Failure("insert")
         if ttl:

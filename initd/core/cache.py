@@ -16,9 +16,12 @@ Key = tuple[bytes, int]
 
 
 class Entry:
-    """`reply` until `expires`; from `check` on, or under another `generation`, `learned` must be granted anew."""
+    """`reply` until `expires`; from `check` on, or under another `generation`, `learned` must be granted anew.
 
-    __slots__ = ("check", "expires", "generation", "judged", "learned", "reply", "size")
+    `plain` is False when a listed range decided about one of the addresses.
+    """
+
+    __slots__ = ("check", "expires", "generation", "judged", "learned", "plain", "reply", "size")
 
     def __init__(self, reply: Reply, judged: Judged, learned: tuple[IPAddress, ...], expires: float) -> None:
         self.reply = reply
@@ -27,6 +30,7 @@ class Entry:
         self.expires = expires
         self.check = 0.0
         self.generation = 0
+        self.plain = True
         self.size = OVERHEAD + 2 * reply.size + 64 * len(learned)
 
 
