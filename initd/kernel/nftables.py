@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 TABLE = f"inet {nftelements.TABLE}"
 _REFRESH_TRIES = 5
+_CHUNK = 500
+"""Learned elements a transaction: 80 kB at most, where an unprivileged socket may send 208 kB (net.core.wmem_max)."""
 
 _TRIALS: dict[str, tuple[str, str]] = {
     "ipv4": ("ip daddr 192.0.2.1 accept", "IPv4 filtering"),
@@ -184,16 +186,16 @@ class Nftables:
         )
 
     def learn(self, elements: Iterable[tuple[Element, int]]) -> None:
-        """One transaction on a socket of our own; returns after its acknowledgement."""
-        wanted = dict(elements)
-        if wanted:
-            self._transact(nftelements.refreshing(wanted), f"learning {len(wanted)} addresses")
+        """On a socket of our own, a transaction for each `_CHUNK` elements; returns after the last acknowledgement."""
+        wanted = list(dict(elements).items())
+        for start in range(0, len(wanted), _CHUNK):
+            self._transact(nftelements.refreshing(dict(wanted[start : start + _CHUNK])), "learning addresses")
 
     def forget(self, elements: Iterable[Element]) -> None:
-        """One transaction; a missing element is added and deleted in it, unseen."""
-        messages = nftelements.removing(elements)
-        if messages:
-            self._transact(messages, "forgetting learned addresses")
+        """As `learn`; a missing element is added and deleted within the transaction, unseen."""
+        unwanted = list(dict.fromkeys(elements))
+        for start in range(0, len(unwanted), _CHUNK):
+            self._transact(nftelements.removing(unwanted[start : start + _CHUNK]), "forgetting learned addresses")
 
     def _transact(self, messages: list[bytes], what: str) -> None:
         code = 0
