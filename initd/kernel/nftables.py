@@ -86,10 +86,10 @@ def _difference(name: str, wanted: Iterable[Element]) -> Iterator[str]:
     keys = {nftelements.key_of(element): element for element in wanted}
     there = nftelements.held(name)
     gone = [nftelements.element_of(key) for key in there - keys.keys()]
-    new = [_text(keys[key]) for key in keys.keys() - there]
+    new = [_text(keys[key]) for key in sorted(keys.keys() - there)]
     if None in gone:  # somebody else's ranges: not worth a vocabulary
         yield f"flush set {TABLE} {name}"
-        new = [_text(element) for element in keys.values()]
+        new = [_text(keys[key]) for key in sorted(keys)]
     elif gone:
         yield f"delete element {TABLE} {name} {{ {', '.join(_text(element) for element in gone if element)} }}"
     if new:
