@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 TABLE = f"inet {nftelements.TABLE}"
 _REFRESH_TRIES = 5
+_CHUNK = 500
+"""Learned elements a transaction: 80 kB at most, where an unprivileged socket may send 208 kB (net.core.wmem_max)."""
 
 _TRIALS: dict[str, tuple[str, str]] = {
     "ipv4": ("ip daddr 192.0.2.1 accept", "IPv4 filtering"),
@@ -84,10 +86,10 @@ def _difference(name: str, wanted: Iterable[Element]) -> Iterator[str]:
     keys = {nftelements.key_of(element): element for element in wanted}
     there = nftelements.held(name)
     gone = [nftelements.element_of(key) for key in there - keys.keys()]
-    new = [_text(keys[key]) for key in keys.keys() - there]
+    new = [_text(keys[key]) for key in sorted(keys.keys() - there)]
     if None in gone:  # somebody else's ranges: not worth a vocabulary
         yield f"flush set {TABLE} {name}"
-        new = [_text(element) for element in keys.values()]
+        new = [_text(keys[key]) for key in sorted(keys)]
     elif gone:
         yield f"delete element {TABLE} {name} {{ {', '.join(_text(element) for element in gone if element)} }}"
     if new:
@@ -184,16 +186,16 @@ class Nftables:
         )
 
     def learn(self, elements: Iterable[tuple[Element, int]]) -> None:
-        """One transaction on a socket of our own; returns after its acknowledgement."""
-        wanted = dict(elements)
-        if wanted:
-            self._transact(nftelements.refreshing(wanted), f"learning {len(wanted)} addresses")
+        """On a socket of our own, a transaction for each `_CHUNK` elements; returns after the last acknowledgement."""
+        wanted = list(dict(elements).items())
+        for start in range(0, len(wanted), _CHUNK):
+            self._transact(nftelements.refreshing(dict(wanted[start : start + _CHUNK])), "learning addresses")
 
     def forget(self, elements: Iterable[Element]) -> None:
-        """One transaction; a missing element is added and deleted in it, unseen."""
-        messages = nftelements.removing(elements)
-        if messages:
-            self._transact(messages, "forgetting learned addresses")
+        """As `learn`; a missing element is added and deleted within the transaction, unseen."""
+        unwanted = list(dict.fromkeys(elements))
+        for start in range(0, len(unwanted), _CHUNK):
+            self._transact(nftelements.removing(unwanted[start : start + _CHUNK]), "forgetting learned addresses")
 
     def _transact(self, messages: list[bytes], what: str) -> None:
         code = 0

@@ -31,8 +31,6 @@ _REQUEST, _ACK, _DUMP, _CREATE = 0x1, 0x4, 0x300, 0x400
 _NESTED = 0x8000
 _DUMP_INTR = 0x10
 _INET = 1  # NFPROTO_INET
-_CHUNK = 1000
-"""Elements a message: a nested attribute's length has 16 bits (NFTA_SET_ELEM_LIST_ELEMENTS), one element takes 60 B."""
 _WAIT = struct.pack("qq", 5, 0)  # SO_RCVTIMEO: the kernel answers at once or not at all
 
 Key = tuple[bytes, bytes]
@@ -105,9 +103,7 @@ def _item(element: Element, seconds: int | None) -> bytes:
 def _lists(kind: int, flags: int, items: Mapping[str, Sequence[bytes]]) -> Iterator[bytes]:
     for name, packed in items.items():
         head = _LIST_HEAD + attribute(2, name.encode() + b"\0")
-        for start in range(0, len(packed), _CHUNK):
-            body = head + attribute(3 | _NESTED, b"".join(packed[start : start + _CHUNK]))
-            yield _message(kind, _REQUEST | flags, body)
+        yield _message(kind, _REQUEST | flags, head + attribute(3 | _NESTED, b"".join(packed)))
 
 
 def _grouped(elements: Iterable[tuple[Element, int | None]]) -> dict[str, list[bytes]]:
@@ -118,7 +114,7 @@ def _grouped(elements: Iterable[tuple[Element, int | None]]) -> dict[str, list[b
 
 
 def refreshing(elements: Mapping[Element, int]) -> list[bytes]:
-    """Messages after which each element is there with exactly its time to live.
+    """Messages after which each element is there with exactly its time to live; at most 1,000 (16-bit lengths).
 
     Before 6.12 an add to an element that exists leaves its timeout alone, and deleting one that is missing fails the
     transaction (DESTROYSETELEM came with 6.3). Add, delete, add is right on all of them: the first add makes the
@@ -130,11 +126,11 @@ def refreshing(elements: Mapping[Element, int]) -> list[bytes]:
     return [*add, *_lists(DELSETELEM, 0, keys), *add]
 
 
-def removing(elements: Iterable[Element]) -> list[bytes]:
+def removing(elements: Sequence[Element]) -> list[bytes]:
     """Messages after which none of the elements is there; the add keeps a missing one from failing the delete."""
-    unique = dict.fromkeys(elements, 1)
-    keys = _grouped((element, None) for element in unique)
-    return [*_lists(NEWSETELEM, _CREATE, _grouped(unique.items())), *_lists(DELSETELEM, 0, keys)]
+    items = _grouped((element, 1) for element in elements)
+    keys = _grouped((element, None) for element in elements)
+    return [*_lists(NEWSETELEM, _CREATE, items), *_lists(DELSETELEM, 0, keys)]
 
 
 class Channel:

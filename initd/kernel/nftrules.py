@@ -29,6 +29,9 @@ ENGINE_DNS = "127.0.0.11"
 _FAMILIES = ((4, "ip"), (6, "ip6"))
 _NEIGHBOUR = "icmpv6 type { nd-neighbor-advert, nd-neighbor-solicit, nd-router-advert, nd-router-solicit } accept"
 _ESTABLISHED = ("ct state established accept", "ct state related meta l4proto { 1, 58 } accept")
+_RESET = "ct state related tcp flags rst accept"
+"""The reset with which INPUT refuses: nf_send_reset() ties it to the connection that never came to be (nf_ct_attach).
+Nothing else of TCP is related where no conntrack helper is assigned, and that takes NET_ADMIN."""
 _REFUSE = ("meta l4proto 6 reject with tcp reset", "reject with icmpx admin-prohibited")
 _LOG = 'limit rate 10/second burst 5 packets log prefix "initd" group 1'
 
@@ -85,9 +88,12 @@ def _sorted(addresses: Iterable[IPAddress]) -> Sequence[IPAddress]:
 def _warden(ruleset: Ruleset) -> Iterator[str]:
     """The warden's own ways out. Docker has rewritten port 53 of its resolver before this hook (nat, -100)."""
     who = f"meta skuid {ruleset.warden_uid}"
+    if any(str(end.address) == ENGINE_DNS for end in ruleset.upstreams):
+        yield f"{who} ip daddr {ENGINE_DNS} accept"
     for end in sorted(ruleset.upstreams, key=lambda end: (end.address.version, int(end.address), end.port)):
-        where = f"{who} {_family(end.address)} daddr {end.address} meta l4proto {{ 6, 17 }}"
-        yield f"{where} accept" if str(end.address) == ENGINE_DNS else f"{where} th dport {end.port} accept"
+        if str(end.address) != ENGINE_DNS:
+            where = f"{_family(end.address)} daddr {end.address}"
+            yield f"{who} {where} meta l4proto {{ 6, 17 }} th dport {end.port} accept"
     for address in _sorted(ruleset.fetch):
         yield f"{who} {_family(address)} daddr {address} tcp dport 443 accept"
 
@@ -105,6 +111,7 @@ def _output(ruleset: Ruleset) -> Iterator[str]:
     yield f'ip daddr {ENGINE_DNS} counter name "dns" goto refuse'
     yield 'oifname "lo" accept'
     yield from _ESTABLISHED
+    yield _RESET
     yield from _listed("private")
     yield from _listed("learned")
     for version, family in _FAMILIES:
@@ -140,15 +147,16 @@ def enforcing(ruleset: Ruleset) -> Rules:
 
 
 def locked(warden_uid: int) -> Rules:
-    """Chain → rules that refuse all but loopback."""
+    """Chain → rules that refuse all but loopback and neighbour discovery."""
     return {
         "output": (
-            f"meta skuid {warden_uid} ip daddr {ENGINE_DNS} meta l4proto {{ 6, 17 }} accept",
+            _NEIGHBOUR,
+            f"meta skuid {warden_uid} ip daddr {ENGINE_DNS} accept",
             f'ip daddr {ENGINE_DNS} counter name "dns" goto refuse',
             'oifname "lo" accept',
             'counter name "unlisted" goto refuse',
         ),
-        "input": ('iifname "lo" accept', 'counter name "input" goto refuse'),
+        "input": ('iifname "lo" accept', _NEIGHBOUR, 'counter name "input" goto refuse'),
         "forward": ("goto refuse",),
         "refuse": _REFUSE,
     }
