@@ -4,11 +4,12 @@ Only an image asks for this, by a file that names the account and the folders th
 happens. Needs CHOWN, not DAC_OVERRIDE: a folder is walked with the effective UID of its owner.
 """
 
-# ruff: noqa: PTH  # pathlib costs the small processes a megabyte, and has no dir_fd
+# pathlib costs the small processes a megabyte, and has no dir_fd
 
 from __future__ import annotations
 
 import os
+import stat
 
 from initd import drop
 
@@ -60,35 +61,35 @@ def _mounts() -> frozenset[str]:
 
 def _hand_over(folder: str, new: tuple[int, int], mounts: Collection[str]) -> None:
     """Whatever in `folder` has the owner that `folder` has gets the new one; the folder itself comes last."""
-    info = os.stat(folder, follow_symlinks=False)
-    if (info.st_uid, info.st_gid) == new:
-        return
-    drop.need({CAP_CHOWN})
-    top = os.open(os.path.dirname(folder) or "/", os.O_RDONLY | os.O_DIRECTORY)
-    permitted = drop.held()
-    os.seteuid(info.st_uid)  # clears the effective set, capabilities(7): CHOWN is raised again
-    try:
-        drop.capset(permitted, effective=(CAP_CHOWN, drop.CAP_SETUID), inheritable=())
-        _walk(top, os.path.basename(folder), folder, (info.st_uid, new, mounts))
-    finally:
-        os.seteuid(0)
-        drop.capset(permitted, effective=permitted, inheritable=())
-        os.close(top)
-
-
-def _walk(parent: int, name: str, path: str, rule: tuple[int, tuple[int, int], Collection[str]]) -> None:
-    """Depth first, by descriptors, never through a symbolic link."""
-    old, (uid, gid), mounts = rule
-    info = os.stat(name, dir_fd=parent, follow_symlinks=False)
-    if info.st_uid != old:
-        return
-    if (info.st_mode & 0o170000) == 0o040000:
-        here = os.open(name, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=parent)
+    with drop.as_owner(os.path.dirname(folder)):
+        place = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_NOFOLLOW)
+    info = os.fstat(place)
+    if (info.st_uid, info.st_gid) != new:
+        drop.need({CAP_CHOWN})
+        permitted = drop.held()
+        os.seteuid(info.st_uid)  # clears the effective set, capabilities(7): CHOWN is raised again
         try:
-            for entry in os.listdir(here):
-                below = f"{path}/{entry}"
-                if below not in mounts:
-                    _walk(here, entry, below, rule)
+            drop.capset(permitted, effective=(CAP_CHOWN,), inheritable=())
+            _walk(os.open(f"/proc/self/fd/{place}", os.O_RDONLY), folder, (info.st_uid, new, mounts))
         finally:
-            os.close(here)
-    os.chown(name, uid, gid, dir_fd=parent, follow_symlinks=False)
+            os.seteuid(0)
+            drop.capset(permitted, effective=permitted, inheritable=())
+    os.close(place)
+
+
+def _walk(here: int, path: str, rule: tuple[int, tuple[int, int], Collection[str]]) -> None:
+    """Depth first, by descriptors, never through a symbolic link; closes `here`, which is `path`."""
+    old, (uid, gid), mounts = rule
+    try:
+        for entry in os.listdir(here):
+            info = os.stat(entry, dir_fd=here, follow_symlinks=False)
+            if info.st_uid != old or f"{path}/{entry}" in mounts:
+                continue
+            if stat.S_ISDIR(info.st_mode):
+                below = os.open(entry, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW, dir_fd=here)
+                _walk(below, f"{path}/{entry}", rule)
+            else:
+                os.chown(entry, uid, gid, dir_fd=here, follow_symlinks=False)
+        os.fchown(here, uid, gid)
+    finally:
+        os.close(here)

@@ -78,7 +78,7 @@ def _control(path: str) -> socket.socket:
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         with drop.as_owner(os.path.dirname(path)):  # noqa: PTH120
-            if os.path.lexists(path):  # noqa: PTH110  # a predecessor's: nobody listens on it now
+            if os.path.lexists(path):  # a predecessor's: nobody listens on it now
                 os.unlink(path)  # noqa: PTH108
             sock.bind(path)
             os.chmod(path, 0o666)  # noqa: PTH101
@@ -96,3 +96,11 @@ def publish(run_dir: str, name: str, text: str) -> None:
         with open(f"{path}.new", "w", encoding="utf-8") as file:  # noqa: PTH123
             file.write(text)
         os.replace(f"{path}.new", path)  # noqa: PTH105
+
+
+def retract(run_dir: str, name: str) -> None:
+    """Remove `name` from `run_dir`, if it is there."""
+    path = os.path.join(run_dir, name)  # noqa: PTH118
+    with drop.as_owner(run_dir):
+        if os.path.lexists(path):
+            os.unlink(path)  # noqa: PTH108
