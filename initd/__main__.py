@@ -72,9 +72,7 @@ def _first(argv: list[str], mask: set[int]) -> int:
     while rest:
         word = rest.pop(0)
         if word == "--":
-            command, rest = rest, []
-            if not command:
-                return _usage("'--' needs a command after it")
+            command, rest = rest, []  # none is fine: an image's ENTRYPOINT ends in `--`, its CMD may be empty
         elif word in ("-h", "--help"):
             sys.stdout.write(USAGE)
             return 0

@@ -192,6 +192,7 @@ class Keeper:
             if message["event"] == "dropped":
                 self._dropped = True
                 sockets.publish(self._settings.run_dir, "ready", f"{os.getpid()}\n")
+                sockets.retract(str(self._settings.run_dir), "failed")
                 self._parent.send(event="ready")
             elif message["event"] == "stop":
                 self.result = self._stop(_grace(message))

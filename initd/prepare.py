@@ -10,7 +10,7 @@ import os
 import pwd
 import sys
 
-from initd import drop
+from initd import account, drop
 from initd import settings as configuration
 from initd.errors import ConfigError, InitdError, PrivilegeError
 
@@ -42,10 +42,10 @@ def prepare(settings: Settings) -> dict[str, Any]:
     for folder in (settings.run_dir, settings.state_dir):
         _folder(folder, settings.warden_user, gid)
     with drop.as_owner(settings.run_dir):
-        for name in ("ready", "failed"):
-            path = os.path.join(settings.run_dir, name)
-            if os.path.lexists(path):
-                os.unlink(path)
+        path = os.path.join(settings.run_dir, "ready")
+        if os.path.lexists(path):  # `failed` stays until this start has succeeded: it is what sessions can read now
+            os.unlink(path)
+    account.follow(settings.claude_uid, settings.claude_gid)
     return {
         "environ": {**settings.environ()},
         "uid": settings.claude_uid,

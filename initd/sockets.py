@@ -94,3 +94,11 @@ def publish(run_dir: str, name: str, text: str) -> None:
         with open(f"{path}.new", "w", encoding="utf-8") as file:
             file.write(text)
         os.replace(f"{path}.new", path)
+
+
+def retract(run_dir: str, name: str) -> None:
+    """Remove `name` from `run_dir`, if it is there."""
+    path = os.path.join(run_dir, name)
+    with drop.as_owner(run_dir):
+        if os.path.lexists(path):
+            os.unlink(path)
