@@ -51,7 +51,8 @@ class Keeping:
             del self._waiting[number]
         if answer.get("code") != 0 or not isinstance(answer.get("result"), dict):
             raise EnforcementError(f"the verification could not run (exit code {answer.get('code')})")
-        return answer["result"]
+        result: dict[str, list[dict[str, Any]]] = answer["result"]
+        return result
 
     def _receive(self) -> None:
         try:

@@ -43,4 +43,5 @@ def configure(settings: Settings) -> Log:
 
 def _in_order(_logger: object, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
     """Time, level and event first, as PID 1's and the keeper's lines have them (`initd.journal`)."""
-    return {key: event.pop(key) for key in ("timestamp", "level", "event") if key in event} | event
+    first = {key: event.pop(key) for key in ("timestamp", "level", "event") if key in event}
+    return {**first, **event}

@@ -11,7 +11,7 @@ import os
 from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from initd.core.dnsfilter import GuardOptions
 from initd.core.leases import Terms
@@ -82,7 +82,8 @@ def parse_hosts(text: str) -> dict[str, tuple[IPAddress, ...]]:
     return {name: tuple(held) for name, held in names.items()}
 
 
-class Listed(NamedTuple):
+@dataclass(frozen=True)
+class Listed:
     """Whether an address lies in one of `networks`; a value, so that two of them compare."""
 
     networks: tuple[IPNetwork, ...]

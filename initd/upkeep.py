@@ -68,10 +68,10 @@ class Upkeep:
     async def _sweep(self) -> None:
         in_use = await self._live.in_worker(conntrack.destinations)
         self._live.parts.guard.sweep({address for address, _, _ in in_use})
-        if self._resolv.tend():
-            self._live.upstreams = frozenset(self._resolv.upstreams)
+        if (upstreams := self._resolv.check()) is not None:
+            self._live.upstreams = frozenset(upstreams)
             await self._live.refresh()  # the rules first: the guard must not ask where it may not go
-            self._live.parts.guard.set_upstreams(self._resolv.upstreams)
+            self._live.parts.guard.set_upstreams(upstreams)
 
     async def _save(self) -> None:
         """Write the state for people and for the next warden, when anything but the passing of time changed it."""
