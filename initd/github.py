@@ -52,11 +52,11 @@ def parse_meta(raw: bytes, *, report: Callable[[str], None] | None = None) -> tu
     """
     networks: list[IPNetwork] = []
     for text in _listed(raw):
-        reason = _unfit(text)
-        if reason is None:
-            networks.append(ip_network(text))
-        elif report is not None:
-            report(reason)
+        try:
+            networks.append(_range(text))
+        except ValueError as error:
+            if report is not None:
+                report(str(error))
     if not networks:
         raise FeedError(f"the answer of {HOST}/meta holds no usable range")
     four = collapse_addresses(network for network in networks if isinstance(network, IPv4Network))
@@ -128,19 +128,20 @@ def _listed(raw: bytes) -> Iterator[object]:
     return (text for one in lists for text in one)
 
 
-def _unfit(text: object) -> str | None:
-    """Why this cannot be a range of GitHub's."""
+def _range(text: object) -> IPNetwork:
+    """One range of the document. Raises ValueError that says why it cannot be GitHub's."""
     if not isinstance(text, str):  # ip_network would take a number for an address
-        return f"{text!r:.60} is not text"
+        raise ValueError(f"{text!r:.60} is not text")  # noqa: TRY004 - the document is wrong, not the program
     try:
         network = ip_network(text)
     except ValueError:
-        return f"{text!r:.60} is not a range"
+        raise ValueError(f"{text!r:.60} is not a range") from None
     if reason := too_broad(network):
-        return reason
+        raise ValueError(reason)
     special: tuple[IPNetwork, ...] = SPECIAL4 if network.version == 4 else SPECIAL6
-    inside = next((one for one in special if network.overlaps(one)), None)
-    return None if inside is None else f"{text} is in the special range {inside}"
+    if inside := next((one for one in special if network.overlaps(one)), None):
+        raise ValueError(f"{text} is in the special range {inside}")
+    return network
 
 
 def _left(deadline: float) -> float:
@@ -160,8 +161,10 @@ def _connect(address: str, port: int, context: ssl.SSLContext, timeout: float) -
 
 
 def _exchange(connection: ssl.SSLSocket, deadline: float) -> bytes:
-    """Everything the server sends until it closes; each receive gets what is left of the time, so that a server
-    that sends a byte now and then gains nothing."""
+    """Everything the server sends until it closes.
+
+    Each receive gets what is left of the time, so that a server that sends a byte now and then gains nothing.
+    """
     request = (
         f"GET /meta HTTP/1.1\r\nHost: {HOST}\r\nUser-Agent: initd/{__version__}\r\n"
         "Accept: application/json\r\nAccept-Encoding: identity\r\nConnection: close\r\n\r\n"

@@ -61,7 +61,7 @@ class Field(NamedTuple):
 
 def _path(value: Any) -> Path:
     if not isinstance(value, str) or not value.startswith("/") or "\0" in value:
-        raise ValueError(f"{value!r} is not an absolute path")
+        raise ValueError(f"{value!r:.60} is not an absolute path")
     return Path(value)
 
 
@@ -71,7 +71,7 @@ def _identity(value: Any) -> int | str:
         return "auto"
     number = _integer(value)
     if number is None or number < 0:
-        raise ValueError(f"{value!r} is neither a number nor 'auto'")
+        raise ValueError(f"{value!r:.60} is neither a number nor 'auto'")
     if number == 0:
         raise ValueError("0 is root, and sessions must not be root")
     if number > MAX_ID:
@@ -89,7 +89,7 @@ def _user(value: Any) -> str:
     """A user's name or UID, not root's: rules recognise the warden by its UID."""
     text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
     if not isinstance(text, str) or not text or len(text) > 256 or any(one in text for one in ":/\0\n"):
-        raise ValueError(f"{value!r} is neither a user's name nor a UID")
+        raise ValueError(f"{value!r:.60} is neither a user's name nor a UID")
     if text == "root" or (text.isdecimal() and int(text) == 0):
         raise ValueError("the warden must not be root: whatever it may reach, every process with its UID may")
     if text.isdecimal() and int(text) > MAX_ID:
@@ -101,7 +101,7 @@ def _choice(*words: str) -> Callable[[Any], str]:
     def parse(value: Any) -> str:
         if isinstance(value, str) and value.lower() in words:
             return value.lower()
-        raise _ClosestError(f"{value!r} is not one of {', '.join(words)}", str(value).lower(), words)
+        raise _ClosestError(f"{value!r:.60} is not one of {', '.join(words)}", str(value).lower(), words)
 
     return parse
 
@@ -111,9 +111,9 @@ def _seconds(least: float, most: float) -> Callable[[Any], float]:
         try:
             number = float("nothing" if isinstance(value, bool) else value)
         except (TypeError, ValueError, OverflowError):
-            raise ValueError(f"{value!r} is not a number of seconds (no unit, as in 60 or 0.5)") from None
+            raise ValueError(f"{value!r:.60} is not a number of seconds (no unit, as in 60 or 0.5)") from None
         if not least <= number <= most:  # not a number fails both
-            raise ValueError(f"{value} is not between {_text(least)} and {_text(most)} seconds")
+            raise ValueError(f"{value!s:.60} is not between {_text(least)} and {_text(most)} seconds")
         return number
 
     return parse
@@ -269,7 +269,7 @@ def _uid_of(user: str) -> int | None:
 def _closest(word: str, words: Iterable[str]) -> str | None:
     from difflib import get_close_matches  # noqa: PLC0415 - only on the way to an error
 
-    close = get_close_matches(word, sorted(words), n=1, cutoff=0.6)
+    close = get_close_matches(word, sorted(words), n=1, cutoff=0.7)
     return f"did you mean {close[0]}?" if close else None
 
 

@@ -81,12 +81,14 @@ def _check_shape(text: str) -> None:
         raise _url_fault(text)
     words = text.removeprefix("!").split()
     if len(words) > 1:
+        if words[0].endswith(",") and not _SERVICES.fullmatch(words[1]):
+            raise FaultError("a list of entries", words[0][-1], f"{ONE_A_LINE}, without commas")
         if any(word[0] in ":,/" or word[-1] in ":,/" for word in words):
             raise FaultError("space inside an entry", words[1], "write name:port or name:port,port without spaces")
         raise FaultError(f"{len(words)} entries on one line", words[1], ONE_A_LINE)
     before, _, after = text.rpartition(":")
     if "," in before or ("," in after and not _SERVICES.fullmatch(after.partition("/")[0])):
-        raise FaultError("a list of entries", text[text.index(",") :], f"{ONE_A_LINE}, without commas")
+        raise FaultError("a list of entries", text.index(","), f"{ONE_A_LINE}, without commas")
 
 
 def _url_fault(text: str) -> FaultError:
@@ -98,13 +100,15 @@ def _url_fault(text: str) -> FaultError:
 
 def _denial(text: str, origin: Origin) -> Denial:
     host = text if text.count(":") > 1 else text.partition(":")[0]
+    if not host:
+        raise FaultError("a name is missing", 0, "write !name")
     preset = text.startswith("@")
     if preset or ranges.looks_like(host):
         what = "a preset" if preset else "an address or a range"
         hint = "list less instead: what is not listed is refused"
         raise FaultError(f"an exception is about a name, {text!r} is {what}", text, hint)
-    host = _PROTO.sub("", host)
-    if host and (":" in text or _PROTO.search(text)):
+    if ":" in text or _PROTO.search(text):
+        host = _PROTO.sub("", host)
         raise FaultError("an exception has no ports: the name is never resolved", text, f"write !{host}")
     if "/" in host:
         raise FaultError("a path cannot be listed, only a name", host[host.index("/") :], _meant(host, "!"))
@@ -189,7 +193,9 @@ def _wildcard_fault(host: str) -> FaultError:
         hint = f"did you mean *.{plain}?" if "." in plain else "list the names that you need"
         return FaultError("a wildcard is exactly one '*.' before a name", host, hint)
     hint = f"did you mean *.{tail}?" if "." in tail else "list the names that you need"
-    return FaultError("'*' can only stand at the beginning, for everything below a name", "*" + tail, hint)
+    return FaultError(
+        "'*' can only stand at the beginning, for everything below a name", host[host.rindex("*") :], hint
+    )
 
 
 # ---- host, ports and protocol

@@ -72,11 +72,13 @@ def parse_range(host: str) -> IPNetwork:
         first = IPv4Address(address) if network.version == 4 else IPv6Address(address)
     except ValueError as error:
         raise _why_not(address, prefix) from error
+    if reason := too_broad(network):
+        raise RangeFaultError(reason, "list the ranges or names that you need")
     if first != network.network_address:
         raise RangeFaultError(
             f"{text!r} has bits set beyond /{network.prefixlen}", f"did you mean {network} or {first}?"
         )
-    _check_breadth(network)
+    _check_destination(network)
     return network
 
 
@@ -93,12 +95,12 @@ def too_broad(network: IPNetwork) -> str | None:
     return None
 
 
-def _check_breadth(network: IPNetwork) -> None:
-    if reason := too_broad(network):
-        raise RangeFaultError(reason, "list the ranges or names that you need")
+def _check_destination(network: IPNetwork) -> None:
     if isinstance(network, IPv4Network):
         if network.subnet_of(_THIS_HOST):
-            raise RangeFaultError(f"'{network}' is no destination: 0.0.0.0/8 means this host (RFC 1122)")
+            raise RangeFaultError(
+                f"'{network.network_address}' is no destination: 0.0.0.0/8 means this host (RFC 1122)"
+            )
     elif network.subnet_of(_MAPPED):
         inner = IPv4Network((int(network.network_address) & 0xFFFFFFFF, network.prefixlen - 96))
         shown = inner.network_address if inner.prefixlen == 32 else inner
