@@ -98,6 +98,7 @@ class Leases:
     ) -> Grant:
         """What an answer for `name` must put into the kernel; changes nothing. Addresses beyond the cap are left out.
 
+        `services` are those that the name's other leases have: a policy that changes them goes through `reconsider`.
         An element's time-out never goes below what another lease on it needs.
         """
         chosen = tuple(addresses)[: self.terms.cap]
@@ -138,7 +139,8 @@ class Leases:
             if services == lease.services:
                 continue
             before += [_element(lease.address, service) for service in lease.services - services]
-            gained += self._elements(lease.address, services - lease.services, expires=lease.expires, now=now)
+            if lease.expires > now:  # a time-out of 0 would mean for ever (ipset(8))
+                gained += self._elements(lease.address, services - lease.services, expires=lease.expires, now=now)
             lease.services = services
             if not services:
                 removed.append(lease)
