@@ -189,7 +189,7 @@ def moved(story: Story) -> str:
     now = attempt(story.box, ("tcp", LATE, 443))
     expect(now.error is None, f"{LATE} has moved to {LATE_SECOND}, but: {now}")
     took = time.monotonic() - begin
-    return f"{LATE} moves to another address: reachable with the first answer that names it ({took:.1f} s; its TTL is 1 s)"
+    return f"{LATE} moves to another address: reachable with the first answer to say so ({took:.1f} s; its TTL is 1 s)"
 
 
 def removed(story: Story) -> str:
