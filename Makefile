@@ -3,7 +3,7 @@
 PYTHON ?= /usr/bin/python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
-APT    := gcc iproute2 ipset iptables nftables libnftables1 procps python3-dev python3-venv util-linux
+APT    := curl gcc iproute2 ipset iptables nftables libnftables1 procps python3-dev python3-venv util-linux
 REQUIRE ?=
 
 .PHONY: help setup packages demo test lint bench docs clean
@@ -21,6 +21,9 @@ $(VENV)/.stamp: pyproject.toml
 	@$(PYTHON) -m venv $(VENV)
 	@$(BIN)/pip install -qq --disable-pip-version-check --use-pep517 --editable '.[test,lint]'
 	@touch $@
+
+demo: setup  ## the product live, in a private internet (as root); INTERACTIVE=1 ends in a shell in the box
+	@INTERACTIVE=$(INTERACTIVE) $(BIN)/python -m tests.support.demo
 
 clean:  ## remove what make made
 	rm -rf $(VENV) dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
