@@ -9,8 +9,10 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import shutil
 import subprocess
 import sys
+import textwrap
 import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -36,7 +38,9 @@ LATE, LATE_FIRST, LATE_SECOND = "added-later.example", "203.0.113.200", "203.0.1
 UNLISTED, UNLISTED4, UNLISTED6 = "unlisted.example", "203.0.113.240", "2001:db8:2::240"
 METADATA = "169.254.169.254"
 ORPHANS = 2000
+SLOW_DNS = 0.5  # seconds that the first answers take, so that there is time to try a box that starts
 FAST = 50.0  # ms; a refusal that takes longer is no refusal but a time-out
+_MARGIN = " " * len("  0.00 s  ok  ")
 _PATIENCE = 10.0  # seconds for anything that has to happen
 
 
@@ -89,8 +93,8 @@ def internet(story: Story) -> str:
 
 
 def lockdown(story: Story) -> str:
-    """Slow DNS down, so that there is time to try the box while it starts."""
-    story.lab.dns.latency(0.5)
+    """Try the box while it waits for its first answers."""
+    story.lab.dns.latency(SLOW_DNS)
     story.box.start(wait=False)
     wait_for(story.lab.dns.queries, "the first question to the resolver")
     address = next(iter(sorted(story.reachable - {RESOLVER4})))
@@ -99,8 +103,11 @@ def lockdown(story: Story) -> str:
     story.lab.dns.latency(0.0)
     expect(not early, "the box was ready before it could be tried")
     expect(tried.error and tried.ms < FAST, f"{address} answered during the start: {tried}")
-    expect(not story.lab.packets(to=address), f"packets to {address} left during the start")
-    return f"locked down first: while it starts, even a listed site's address is refused in {tried.ms:.1f} ms"
+    expect(not story.lab.packets(ignore=[RESOLVER4]), "something else than the warden's DNS questions left")
+    return (
+        "locked down first: while it starts, only the warden's own DNS questions leave; even the address of a listed "
+        f"site is refused, in {tried.ms:.1f} ms"
+    )
 
 
 def ready(story: Story) -> str:
@@ -110,9 +117,10 @@ def ready(story: Story) -> str:
     policy, rules = status["policy"], status["rules"]
     expect(policy["source"] != "defaults", "the box did not read the policy file")
     return (
-        f"policy read, resolved, enforced, read back: {policy['names']} names, {policy['wildcards']} wildcards → "
-        f"{rules['static']} static and {rules['learned']} learned elements in {status['backend']}; "
-        f"ready {took:.2f} s after exec (0.5 s of it our slow DNS)"
+        f"policy read, resolved, enforced, read back from the kernel: {policy['names']} names, "
+        f"{policy['wildcards']} wildcards and {policy['feeds']} feed are now {rules['static']} ranges and "
+        f"{rules['learned']} addresses with ports ({status['backend']}); ready {took:.2f} s after exec, of which the "
+        f"lab's DNS was made to take {SLOW_DNS} s"
     )
 
 
@@ -122,7 +130,7 @@ def verified(story: Story) -> str:
     checks = json.loads(done.stdout)["checks"]
     bad = [check["name"] for check in checks if not check["ok"]]
     expect(checks and not bad, f"not verified: {bad}")
-    return f"verified by behaviour, as the session user: {', '.join(check['name'] for check in checks)}"
+    return f"verified by behaviour, as the session user, {len(checks)} checks: {', '.join(c['name'] for c in checks)}"
 
 
 def dropped(story: Story) -> str:
@@ -189,7 +197,7 @@ def moved(story: Story) -> str:
     now = attempt(story.box, ("tcp", LATE, 443))
     expect(now.error is None, f"{LATE} has moved to {LATE_SECOND}, but: {now}")
     took = time.monotonic() - begin
-    return f"{LATE} moves to another address: reachable with the first answer that names it ({took:.1f} s; its TTL is 1 s)"
+    return f"{LATE} moves to another address: reachable with the first answer to say so ({took:.1f} s; its TTL is 1 s)"
 
 
 def removed(story: Story) -> str:
@@ -310,7 +318,8 @@ class Printer:
     def line(self, mark: str, text: str) -> None:
         colour = {"ok": "\x1b[32m", "FAILED": "\x1b[31m"}[mark]
         shown = f"{colour}{mark}\x1b[0m" if self._colour else mark
-        print(f"{time.monotonic() - self._begin:6.2f} s  {shown}  {text}", flush=True)
+        lines = textwrap.wrap(text, max(40, min(shutil.get_terminal_size().columns, 110) - len(_MARGIN)))
+        print(f"{time.monotonic() - self._begin:6.2f} s  {shown}  " + f"\n{_MARGIN}".join(lines), flush=True)
 
 
 def tell(story: Story, printer: Printer, step: Callable[[Story], str]) -> bool:
@@ -329,6 +338,19 @@ def main() -> int:
     if reason is not None:
         print(f"demo: {reason}\nhint: sudo make demo, on a Linux machine or VM", file=sys.stderr)
         return 77
+    print(
+        "A box for a coding agent: initd as PID 1, a network that refuses what is not in\n"
+        f"examples/quickstart/{POLICY.name}. Everything below happens now, on this\n"
+        "machine, in network namespaces of its own; nothing is sent to the real internet.\n"
+    )
+    try:
+        return play()
+    except KeyboardInterrupt:
+        return 130
+
+
+def play() -> int:
+    """The whole demo; the exit code."""
     printer = Printer()
     policy = POLICY.read_text()
     with Lab() as lab, ExitStack() as keep:
