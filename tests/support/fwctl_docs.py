@@ -1,4 +1,4 @@
-"""Write docs/fwctl.md from the command line's own parser: `python tests/support/fwctl_docs.py > docs/fwctl.md`."""
+"""Write docs/fwctl.md from the command line's own parser: `make docs`."""
 
 from __future__ import annotations
 
