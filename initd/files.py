@@ -35,7 +35,7 @@ def read_regular(path: Path, limit: int) -> bytes:
     try:
         mode = os.fstat(fd).st_mode
         if not stat.S_ISREG(mode):
-            raise ConfigError(f"{path} is {_kind(mode)}, not a regular file", hint=_replace(path, mode))
+            raise ConfigError(f"{path} is {_kind(mode)}, not a regular file", hint=_replace(mode))
         return _read(fd, path, limit)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}") from error
@@ -81,10 +81,9 @@ def _kind(mode: int) -> str:
     return next((name for test, name in kinds if test(mode)), "something else")
 
 
-def _replace(path: Path, mode: int) -> str:
+def _replace(mode: int) -> str:
     if stat.S_ISDIR(mode):
-        # The engine makes a directory for a bind mount whose source is missing.
-        return f"remove it and write a file; a bind mount makes a directory when its source was missing ({path.name})"
+        return "put a file there; an engine makes a directory when the source of a bind mount is missing"
     return "put a regular file there"
 
 

@@ -249,7 +249,7 @@ def test_file_with_a_bom_and_the_largest_file(tmp_path):
 def test_directory_and_fifo_and_other_problems_are_reported_together(tmp_path):
     assert refused({"INITD_SETTINGS": str(tmp_path), "INITD_VERIFY": "x"}) == [
         f"{tmp_path} is a directory, not a regular file",
-        f"hint: remove it and write a file; a bind mount makes a directory when its source was missing ({tmp_path.name})",
+        "hint: put a file there; an engine makes a directory when the source of a bind mount is missing",
         "INITD_VERIFY: 'x' is not one of strict, warn, off",
     ]
     fifo = tmp_path / "fifo"
