@@ -6,9 +6,17 @@ empties (see `initd.kernel.base.Backend`).
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass, field
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
+
+from initd.core.special import SPECIAL4, SPECIAL6
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from initd.core.policy import Feed, FeedRule, RangeRule, Service
 
 IPAddress = IPv4Address | IPv6Address
 IPNetwork = IPv4Network | IPv6Network
@@ -51,3 +59,107 @@ class Ruleset:
     private: frozenset[Element] = frozenset()
     subnets: frozenset[IPNetwork] = frozenset()
     log: bool = field(default=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What a ruleset needs to know that no policy says; the fields are those of `Ruleset`."""
+
+    warden_uid: int
+    upstreams: frozenset[Endpoint] = frozenset()
+    fetch: frozenset[IPAddress] = frozenset()
+    engine_dns: bool = False
+    subnets: frozenset[IPNetwork] = frozenset()
+    log: bool = True
+
+
+def compile_ruleset(
+    ranges: Iterable[RangeRule],
+    feeds: Iterable[FeedRule],
+    *,
+    networks: Mapping[Feed, Sequence[IPNetwork]],
+    around: Surroundings,
+) -> Ruleset:
+    """The ruleset of a policy's ranges and of what its feeds yielded; a feed that `networks` lacks yields nothing.
+
+    Networks are merged for each service, public and special ones apart: a range that only touches special ones
+    stays `static`, so that its special part is refused, also beside a neighbour that is listed.
+    """
+    wanted: dict[Service, set[IPNetwork]] = {}
+    for rule in ranges:
+        for service in rule.services:
+            wanted.setdefault(service, set()).add(rule.network)
+    for feed in feeds:
+        for service in feed.services:
+            wanted.setdefault(service, set()).update(networks.get(feed.feed, ()))
+    static: list[Element] = []
+    private: list[Element] = []
+    made: dict[_Key, IPNetwork] = {}
+    for service, members in wanted.items():
+        keys = {_key(network) for network in members}
+        special = {key for key in keys if _inside_special(key)}
+        for chosen, elements in ((keys - special, static), (special, private)):
+            for key in _merged(chosen):
+                network = made.get(key) or made.setdefault(key, _network(key))
+                elements.append(Element(network, service.proto, service.port))
+    return Ruleset(
+        around.warden_uid,
+        upstreams=around.upstreams,
+        fetch=around.fetch,
+        engine_dns=around.engine_dns,
+        static=frozenset(static),
+        private=frozenset(private),
+        subnets=around.subnets,
+        log=around.log,
+    )
+
+
+_Key = tuple[int, int, int]  # version, first address, prefix length: 100,000 networks are handled as numbers
+_BITS = {4: 32, 6: 128}
+
+
+def _key(network: IPNetwork) -> _Key:
+    return network.version, int(network.network_address), network.prefixlen
+
+
+def _network(key: _Key) -> IPNetwork:
+    version, first, prefix = key
+    return IPv4Network((first, prefix)) if version == 4 else IPv6Network((first, prefix))
+
+
+_SPECIAL: list[tuple[int, int, int]] = sorted(
+    (network.version, int(network.network_address), int(network.broadcast_address)) for network in SPECIAL4 + SPECIAL6
+)
+
+
+def _inside_special(key: _Key) -> bool:
+    """`initd.core.special.inside_special` by bisection; the special ranges do not overlap."""
+    version, first, prefix = key
+    index = bisect_right(_SPECIAL, (version, first, 1 << 128)) - 1
+    if index < 0 or _SPECIAL[index][0] != version:
+        return False
+    return first + (1 << (_BITS[version] - prefix)) - 1 <= _SPECIAL[index][2]
+
+
+def _merged(keys: Iterable[_Key]) -> list[_Key]:
+    """The fewest networks that hold the same addresses, as `ipaddress.collapse_addresses` finds them.
+
+    Never a /0, which no ipset can hold (net/netfilter/ipset/ip_set_hash_netport.c): that stays two halves.
+    """
+    kept: list[_Key] = []
+    for key in sorted(half for key in keys for half in _halves(key)):
+        version, first, prefix = key
+        bits = _BITS[version]
+        if kept and kept[-1][0] == version and kept[-1][1] >> (bits - kept[-1][2]) == first >> (bits - kept[-1][2]):
+            continue  # inside the one before; sorting puts the wider of two with one start first
+        kept.append(key)
+        while prefix > 1 and len(kept) > 1 and kept[-2] == (version, first ^ (1 << (bits - prefix)), prefix):
+            prefix -= 1
+            first &= ~(1 << (bits - prefix - 1))
+            kept[-2:] = [(version, first, prefix)]
+    return kept
+
+
+def _halves(key: _Key) -> tuple[_Key, ...]:
+    version, first, prefix = key
+    return (key,) if prefix else ((version, first, 1), (version, 1 << (_BITS[version] - 1), 1))
