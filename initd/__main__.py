@@ -60,9 +60,9 @@ def _internal(argv: list[str]) -> int:
     if argv[0] == "keeper":
         from initd import keeper as part  # noqa: PLC0415
     elif argv[0] == "warden":
-        from initd import warden as part  # type: ignore[attr-defined,no-redef]  # noqa: PLC0415
+        from initd import warden as part  # type: ignore[no-redef]  # noqa: PLC0415
     else:
-        from initd import probe as part  # type: ignore[attr-defined,no-redef]  # noqa: PLC0415
+        from initd import probe as part  # type: ignore[no-redef]  # noqa: PLC0415
     return int(part.main())
 
 

@@ -191,7 +191,7 @@ class Keeper:
         for message in self._parent.receive():
             if message["event"] == "dropped":
                 self._dropped = True
-                sockets.publish(self._settings.run_dir, "ready", f"{os.getpid()}\n")
+                sockets.publish(str(self._settings.run_dir), "ready", f"{os.getpid()}\n")
                 sockets.retract(str(self._settings.run_dir), "failed")
                 self._parent.send(event="ready")
             elif message["event"] == "stop":

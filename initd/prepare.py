@@ -40,8 +40,8 @@ def prepare(settings: Settings) -> dict[str, Any]:
     """Make both folders the warden's to write in, without CHOWN or DAC_OVERRIDE, and clear what a last run left."""
     _, gid = warden_account(settings)
     for folder in (settings.run_dir, settings.state_dir):
-        _folder(folder, settings.warden_user, gid)
-    with drop.as_owner(settings.run_dir):
+        _folder(str(folder), settings.warden_user, gid)
+    with drop.as_owner(str(settings.run_dir)):
         path = os.path.join(settings.run_dir, "ready")
         if os.path.lexists(path):  # `failed` stays until this start has succeeded: it is what sessions can read now
             os.unlink(path)
@@ -56,17 +56,23 @@ def prepare(settings: Settings) -> dict[str, Any]:
 
 
 def warden_account(settings: Settings) -> tuple[int, int]:
-    """UID and GID of `settings.warden_user`; ConfigError (78) when there is no such user, or it is not its own."""
+    """UID and GID of `settings.warden_user`, a name or a number; ConfigError (78) when there is no such user.
+
+    A number without an account gets the group of the same number.
+    """
+    user = settings.warden_user
     try:
-        entry = pwd.getpwnam(settings.warden_user)
+        entry = pwd.getpwuid(int(user)) if user.isdecimal() else pwd.getpwnam(user)
     except KeyError:
+        if user.isdecimal():
+            return int(user), int(user)
         raise ConfigError(
-            f"there is no user {settings.warden_user!r} for the warden",
-            hint="adduser --system --group _initd, or set INITD_WARDEN_USER",
+            f"there is no user {user!r} for the warden",
+            hint=f"adduser --system --group {user}, or set INITD_WARDEN_USER",
         ) from None
     if entry.pw_uid in (0, settings.claude_uid):
         raise ConfigError(
-            f"the warden's user {settings.warden_user!r} has UID {entry.pw_uid}",
+            f"the warden's user {user!r} has UID {entry.pw_uid}",
             hint="it needs a UID of its own: neither root's nor CLAUDE_UID",
         )
     return entry.pw_uid, entry.pw_gid

@@ -13,7 +13,7 @@ import socket
 import sys
 import time
 
-from outer import HERE, children, eventually, status
+from tests.pid1.outer import HERE, children, eventually, status
 
 RECORDER = [sys.executable, "-IS", str(HERE / "recorder.py")]
 

@@ -1,26 +1,13 @@
 from __future__ import annotations
 
-import os
-import subprocess
-
 import pytest
 
-pytest.register_assert_rewrite("behaviours", "outer")
-from outer import Outer  # noqa: E402  # after the rewrite hook
-
-
-def _namespaces() -> bool:
-    return os.geteuid() == 0 and subprocess.run(["unshare", "-pfmn", "true"], check=False).returncode == 0
-
-
-@pytest.fixture(scope="session")
-def _kernel(request):
-    if not _namespaces():
-        pytest.skip("needs root and PID, mount and network namespaces")
+pytest.register_assert_rewrite("tests.pid1.behaviours", "tests.pid1.outer")
+from tests.pid1.outer import Outer  # noqa: E402  # after the rewrite hook
 
 
 @pytest.fixture
-def box(_kernel, tmp_path):
+def box(tmp_path):
     """A factory of inits in namespaces of their own, all of which end with the test."""
     made = []
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -71,8 +73,9 @@ class Outer:
         self.process: subprocess.Popen | None = None
         self.pid = 0
         self.stderr_path = folder / "stderr"
+        self.sessions: list[subprocess.Popen] = []
 
-    def start(self, *command: str, options=(), wait=True, setup="", as_user=False):
+    def start(self, *command: str, options=(), wait=True, setup="", as_user=False, prefix=()):
         argv = list(INITS[self.init])
         if self.init == "initd":
             argv[-1] = self.mode
@@ -82,7 +85,7 @@ class Outer:
         if self.below:
             argv = [*self.below, *argv]
         shell = f'ip link set lo up; {setup}\nexec "$@"'
-        outer = ["unshare", "-pfmn", "--mount-proc", "--kill-child=KILL", "bash", "-c", shell, "bash", *argv]
+        outer = ["unshare", "-pfmn", "--mount-proc", "--kill-child=KILL", "bash", "-c", shell, "bash", *prefix, *argv]
         options_ = {"stdin": subprocess.DEVNULL, "stdout": (self.folder / "stdout").open("wb"), **self.popen_options}
         self.process = subprocess.Popen(
             outer, env=self.environ, stderr=self.stderr_path.open("wb"), cwd="/", **options_
@@ -93,6 +96,28 @@ class Outer:
         elif wait:
             assert eventually(lambda: children(self.pid)), self.stderr
         return self
+
+    def events(self, name: str) -> list[dict]:
+        """The log lines of one kind, oldest first."""
+        lines = [line for line in self.stderr.splitlines() if line.startswith("{") and line.endswith("}")]
+        return [event for event in map(json.loads, lines) if event["event"] == name]
+
+    def warden(self, generation=1) -> dict:
+        """What the test warden of that generation wrote down at its start."""
+        path = self.run_dir / f"warden.{generation}"
+        eventually(path.exists)
+        return json.loads(eventually(path.read_text))
+
+    def ask(self, text: bytes, seconds=5.0) -> bytes:
+        """One request to the test warden through the control socket."""
+        with socket.socket(socket.AF_UNIX) as client:
+            client.settimeout(seconds)
+            client.connect(str(self.run_dir / "control.sock"))
+            client.sendall(text)
+            answer = b""
+            while data := client.recv(65536):
+                answer += data
+            return answer
 
     def is_ready(self):
         return '"init.ready"' in self.stderr or self.process.poll() is not None
@@ -155,10 +180,12 @@ class Outer:
             "--",
             *([] if uid == 0 else [*user, "--no-new-privs"]),
         ]
-        return subprocess.Popen([*enter, *argv], env=self.environ, cwd="/", **options)
+        session = subprocess.Popen([*enter, *argv], env=self.environ, cwd="/", **options)
+        self.sessions.append(session)
+        return session
 
     def kill(self, number=signal.SIGTERM):
-        os.kill(self.pid, number)
+        os.kill(self.init_pid, number)
 
     def wait(self, seconds=15.0) -> int:
         return self.process.wait(seconds)
@@ -169,4 +196,9 @@ class Outer:
                 if self.pid:
                     os.kill(self.pid, signal.SIGKILL)
             self.process.kill()
-            self.process.wait()
+        for one in filter(None, [*self.sessions, self.process]):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(one.pid, signal.SIGCONT)  # nsenter stops with its child, and a zombie would keep the box
+            one.wait(10)
+            if one.stdout is not None:
+                one.stdout.close()

@@ -5,7 +5,8 @@ from __future__ import annotations
 from functools import partial
 
 import pytest
-from behaviours import BEHAVIOURS
+
+from tests.pid1.behaviours import BEHAVIOURS
 
 pytestmark = pytest.mark.kernel
 BELOW = ["sh", "-c", 'trap "kill -TERM \\$child" TERM; "$@" & child=$!; wait $child; wait $child', "sh"]

@@ -19,12 +19,13 @@ def main() -> int:  # noqa: C901, PLR0915  # read top to bottom
     keeper = socket.socket(fileno=int(os.environ["INITD_KEEPER_FD"]))
     run_dir = os.environ["INITD_RUN_DIR"]
     generation = int(os.environ["INITD_GENERATION"])
+    descriptors = sorted(int(fd) for fd in os.listdir("/proc/self/fd"))
     with open(f"{run_dir}/warden.{generation}", "w") as file:
         json.dump(
             {
                 "pid": os.getpid(),
                 "fds": os.environ["INITD_FDS"],
-                "open": sorted(int(fd) for fd in os.listdir("/proc/self/fd")),
+                "open": descriptors,
                 "status": Path("/proc/self/status").read_text(),
                 "ppid": os.getppid(),
                 "time": time.monotonic(),
