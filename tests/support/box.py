@@ -113,6 +113,8 @@ class Box:
         policy = self.workspace / ".aidevcontainer"
         for path in (self.home, self.state, self.directory / "root", self.directory / "etc", policy):
             path.mkdir(parents=True)
+            path.chmod(0o755)  # whatever our umask: root in a box has no CAP_DAC_OVERRIDE
+        self.workspace.chmod(0o755)
         for path in (self.workspace, self.home, *((policy,) if self.config.policy_writable else ())):
             os.chown(path, self.config.uid, self.config.gid)
         if self.config.policy is not None:

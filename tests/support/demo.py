@@ -96,7 +96,8 @@ def lockdown(story: Story) -> str:
     """Try the box while it waits for its first answers."""
     story.lab.dns.latency(SLOW_DNS)
     story.box.start(wait=False)
-    wait_for(story.lab.dns.queries, "the first question to the resolver")
+    wait_for(lambda: story.lab.dns.queries() or not story.box.running, "the first question to the resolver")
+    expect(story.box.running, "the box has ended")
     address = next(iter(sorted(story.reachable - {RESOLVER4})))
     tried = attempt(story.box, ("tcp", address, 443))
     early = story.box.ready
