@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tests.support import product
+from tests.support.box import CLIENT
 from tests.support.namespaces import LabError
 
 if TYPE_CHECKING:
@@ -15,7 +15,6 @@ if TYPE_CHECKING:
 
     from tests.support.box import Box
 
-CLIENT = Path(__file__).with_name("client.py")
 Target = tuple[str, str, int]  # tcp or udp, name or address, port
 
 
@@ -30,7 +29,7 @@ class Attempt:
 
 def client(*arguments: str) -> list[str]:
     """The command line of client.py as it is in every box."""
-    return [str(product.PYTHON), "-I", str(CLIENT), *arguments]
+    return [str(product.PYTHON), "-I", CLIENT, *arguments]
 
 
 def attempt_all(box: Box, targets: Sequence[Target], *, user: str | tuple[int, int] = "session") -> list[Attempt]:

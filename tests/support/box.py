@@ -35,9 +35,9 @@ DEFAULT_CAPABILITIES = ("NET_ADMIN", "NET_RAW", "SETUID", "SETGID", "SETPCAP", "
 WARDEN_USER, WARDEN_UID = "_initd", 990
 SESSION_USER = "claude"
 WORKSPACE, HOME, RUN, STATE = "/workspace", "/home/claude", "/run/initd", "/var/lib/initd"
-CA_FILE = "/etc/lab-ca.pem"
+CA_FILE, CLIENT = "/etc/lab-ca.pem", "/lab/client.py"
 POLICY_NAME, SETTINGS_NAME = "allowed-domains.txt", "initd.toml"
-_LAUNCHER = Path(__file__).with_name("boxroot.py")
+_LAUNCHER, _CLIENT = (Path(__file__).with_name(name) for name in ("boxroot.py", "client.py"))
 _POLL = 0.002  # seconds
 _GRACE = 15.0  # seconds that a stop may take before it counts as failed; an engine gives 10
 
@@ -113,12 +113,15 @@ class Box:
         policy = self.workspace / ".aidevcontainer"
         for path in (self.home, self.state, self.directory / "root", self.directory / "etc", policy):
             path.mkdir(parents=True)
+            path.chmod(0o755)  # whatever our umask: root in a box has no CAP_DAC_OVERRIDE
+        self.workspace.chmod(0o755)
         for path in (self.workspace, self.home, *((policy,) if self.config.policy_writable else ())):
             os.chown(path, self.config.uid, self.config.gid)
         if self.config.policy is not None:
             self.write_policy(self.config.policy)
         if self.config.settings is not None:
             self.write_settings(self.config.settings)
+        self._etc("client.py", _CLIENT.read_text())
         server = RESOLVER6 if self.family is Family.V6 else RESOLVER4
         self._etc("resolv.conf", self.config.resolv_conf or f"nameserver {server}\n")
         self._etc("hosts", f"127.0.0.1\tlocalhost\n::1\tlocalhost\n198.51.100.2\tbox\n{self.config.hosts}")
@@ -189,6 +192,7 @@ class Box:
         binds += [(str(etc / name), f"/etc/{name}", True) for name in ("resolv.conf", "hosts", "passwd", "group")]
         binds += [
             (str(self._ca_file), CA_FILE, False),
+            (str(etc / "client.py"), CLIENT, False),
             (str(self.workspace), WORKSPACE, True),
             (str(self.home), HOME, True),
             (str(self.state), STATE, True),
