@@ -12,7 +12,6 @@ NET_ADMIN is found by `read`; emptied chains fall to their policy, which is drop
 from __future__ import annotations
 
 import errno
-import json
 import os
 import threading
 from ipaddress import IPv4Network
@@ -180,9 +179,11 @@ class Nftables:
         flags = nftelements.table_flags()
         if flags is None:
             return Listing()
-        rules: dict[str, list[str]] = {"inet/initd": [f"flags {flags}"] if flags else []}
+        if flags:  # not in force (1) or not ours any more (2); libnftables 1.0.6 lists it as broken JSON besides
+            return Listing({"inet/initd": (f"flags {flags}",)})
+        rules: dict[str, list[str]] = {"inet/initd": []}
         names: list[str] = []
-        for item in json.loads(libnftables.run(f"list table {TABLE}", terse=True))["nftables"]:
+        for item in libnftables.listing(f"list table {TABLE}"):
             ((kind, body),) = item.items()
             if kind == "chain":
                 rules[f"inet/{body['name']}"] = list(filter(None, [nftlisting.chain(body)]))
