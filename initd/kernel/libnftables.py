@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import functools
+import json
 import os
 import re
 import socket
@@ -101,3 +102,13 @@ def run(commands: str, *, dry: bool = False, terse: bool = False) -> str:
         if "Interrupted system call" not in text or attempt == _RETRIES - 1:
             break
     raise _explain(text)
+
+
+def listing(command: str) -> list[dict[str, Any]]:
+    """What a `list` command finds, without the elements of sets; the objects of libnftables-json(5)."""
+    text = run(command, terse=True)
+    try:
+        found: list[dict[str, Any]] = json.loads(text)["nftables"]
+    except (ValueError, LookupError) as error:
+        raise KernelError(f"nftables: unreadable listing ({text[-80:]!r})") from error
+    return found

@@ -12,7 +12,7 @@ NET_ADMIN is found by `read`; emptied chains fall to their policy, which is drop
 from __future__ import annotations
 
 import errno
-import json
+import os
 import threading
 from ipaddress import IPv4Network
 from typing import TYPE_CHECKING
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
 
 TABLE = f"inet {nftelements.TABLE}"
 _REFRESH_TRIES = 5
+_PIECE = 1000
+"""Static elements a command; a piece fits any send buffer."""
 _CHUNK = 500
 """Learned elements a transaction: 80 kB at most, where an unprivileged socket may send 208 kB (net.core.wmem_max)."""
 
@@ -85,15 +87,16 @@ def _difference(name: str, wanted: Iterable[Element]) -> Iterator[str]:
     """
     keys = {nftelements.key_of(element): element for element in wanted}
     there = nftelements.held(name)
-    gone = [nftelements.element_of(key) for key in there - keys.keys()]
-    new = [_text(keys[key]) for key in sorted(keys.keys() - there)]
+    gone = [nftelements.element_of(key) for key in sorted(there - keys.keys())]
     if None in gone:  # somebody else's ranges: not worth a vocabulary
         yield f"flush set {TABLE} {name}"
-        new = [_text(keys[key]) for key in sorted(keys)]
-    elif gone:
-        yield f"delete element {TABLE} {name} {{ {', '.join(_text(element) for element in gone if element)} }}"
-    if new:
-        yield f"add element {TABLE} {name} {{ {', '.join(new)} }}"
+        gone, there = [], set()
+    for verb, members in (
+        ("delete", [_text(element) for element in gone if element]),
+        ("add", [_text(keys[key]) for key in sorted(keys.keys() - there)]),
+    ):
+        for start in range(0, len(members), _PIECE):
+            yield f"{verb} element {TABLE} {name} {{ {', '.join(members[start : start + _PIECE])} }}"
 
 
 def _wanted(ruleset: Ruleset) -> Iterator[tuple[str, frozenset[Element]]]:
@@ -142,11 +145,23 @@ class Nftables:
         libnftables.run("\n".join([*commands, *_rules(nftrules.locked(warden_uid))]))
 
     def apply(self, ruleset: Ruleset) -> None:
-        """One transaction: rules replaced, static sets changed by their difference, learned sets left alone."""
-        commands = list(_skeleton())
+        """One transaction: rules replaced, static sets changed by their difference, learned sets left alone.
+
+        In a user namespace (rootless engines) nobody may lift the send buffer's limit (SO_SNDBUFFORCE), and a
+        transaction of more than about 3,000 new ranges does not fit. Then the sets change piece by piece, and the rules
+        that use them last.
+        """
+        steps = ["\n".join(_skeleton())]
         for name, elements in _wanted(ruleset):
-            commands += _difference(name, elements)
-        libnftables.run("\n".join([*commands, *_special(), *_rules(nftrules.enforcing(ruleset))]))
+            steps += _difference(name, elements)
+        steps.append("\n".join([*_special(), *_rules(nftrules.enforcing(ruleset))]))
+        try:
+            libnftables.run("\n".join(steps))
+        except KernelError as error:
+            if os.strerror(errno.EMSGSIZE) not in error.message:
+                raise
+            for step in steps:
+                libnftables.run(step)
 
     def expect(self, ruleset: Ruleset) -> Listing:
         """The listing of `apply(ruleset)`."""
@@ -164,9 +179,11 @@ class Nftables:
         flags = nftelements.table_flags()
         if flags is None:
             return Listing()
-        rules: dict[str, list[str]] = {"inet/initd": [f"flags {flags}"] if flags else []}
+        if flags:  # not in force (1) or not ours any more (2); libnftables 1.0.6 lists it as broken JSON besides
+            return Listing({"inet/initd": (f"flags {flags}",)})
+        rules: dict[str, list[str]] = {"inet/initd": []}
         names: list[str] = []
-        for item in json.loads(libnftables.run(f"list table {TABLE}", terse=True))["nftables"]:
+        for item in libnftables.listing(f"list table {TABLE}"):
             ((kind, body),) = item.items()
             if kind == "chain":
                 rules[f"inet/{body['name']}"] = list(filter(None, [nftlisting.chain(body)]))

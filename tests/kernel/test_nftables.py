@@ -785,6 +785,32 @@ def test_pick_takes_what_works_and_says_what_lacks(box, backend, monkeypatch):
     assert caught.value.code == 71
 
 
+_ROOTLESS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from ipaddress import IPv4Network
+from initd.core.ruleset import Element, Ruleset
+from initd.kernel import libnftables
+from initd.kernel.nftables import Nftables
+backend = Nftables()
+backend.lockdown(990)
+calls, run = [], libnftables.run
+libnftables.run = lambda text, **options: (calls.append(text), run(text, **options))[1]
+for count in (10, 10_000, 20):
+    elements = frozenset(Element(IPv4Network((0xC0000000 + 8 * i, 30)), "tcp", 443) for i in range(count))
+    backend.apply(Ruleset(990, static=elements))
+    print(backend.read() == backend.expect(Ruleset(990, static=elements)), len(calls) > 2)
+    calls.clear()
+"""
+
+
+def test_in_a_user_namespace_large_policies_go_in_pieces(box):
+    command = ("unshare", "-Ur", "-n", "/usr/bin/python3", "-c", _ROOTLESS, str(Path(__file__).parents[2]))
+    done = box.run(*command, check=False)
+    assert done.stdout.split("\n")[:2] == ["True False", "True True"], done.stderr
+    assert done.stdout.split("\n")[2].startswith("True ")
+
+
 # --- the wire
 
 
