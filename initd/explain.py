@@ -11,7 +11,7 @@ from initd.core.special import special_of
 from initd.errors import ConfigError
 
 if TYPE_CHECKING:
-    from initd.core.compile import Membership
+    from initd.core.membership import Membership
     from initd.core.policy import Lookup, Origin
     from initd.core.ruleset import IPAddress
 

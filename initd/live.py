@@ -15,23 +15,29 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
+from initd.core.membership import Membership
 from initd.core.policy import Feed, changes, widens
-from initd.core.compile import Context, Membership, compile_ruleset
+from initd.core.ruleset import Surroundings, compile_ruleset
 from initd.errors import PrivilegeError
 from initd.kernel import conntrack
 from initd.network import neighbourhood
 from initd.resolve import Resolution, guard_options, resolve_names
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterable, Mapping
 
     from initd.core.policy import Lookup, Policy
-    from initd.core.ruleset import Endpoint, IPNetwork, Ruleset
+    from initd.core.ruleset import Endpoint, IPAddress, IPNetwork, Ruleset
     from initd.dnsguard import DnsGuard, GuardOptions
     from initd.enforce import Enforcer
     from initd.kernel.base import Backend
     from initd.logs import Log
     from initd.settings import Settings
+
+ENGINE_DNS = "127.0.0.11"
+"""Docker's embedded resolver (libnetwork, resolver.go)."""
+
+DNS = 53
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -155,39 +161,50 @@ class Live:
                 ms=round((time.monotonic() - started) * 1000, 1),
             )
         first, self.now = self.now is None, InForce(policy, source, lookup, ruleset)
+        names = {lease.address: lease.name for lease in self.parts.guard.leases}
         options = guard_options(self.parts.settings, policy, chain.from_iterable(self._networks().values()))
         self.parts.guard.set_policy(lookup.decide, options=None if options == self._options else options)
         self._options = options
-        return () if first else await self.in_worker(self._cut, ruleset)
+        return () if first else await self.in_worker(self._cut, ruleset, names)
 
     def _compile(self, policy: Policy) -> Ruleset:
-        context = Context(
+        around = Surroundings(
             warden_uid=os.getuid(),
             upstreams=self.upstreams,
+            engine_dns=any(str(endpoint.address) == ENGINE_DNS for endpoint in self.upstreams),
             subnets=frozenset(neighbourhood().subnets),
-            feeds=self._networks(),
         )
-        return compile_ruleset(policy, context)
+        return compile_ruleset(policy.ranges, policy.feeds, networks=self._networks(), around=around)
 
     def _networks(self) -> dict[Feed, tuple[IPNetwork, ...]]:
         """Every feed's ranges as they are now."""
         around = neighbourhood()
         return {**self.feeds, Feed.HOST: around.gateways, Feed.SUBNET: around.subnets}
 
-    def _cut(self, ruleset: Ruleset) -> tuple[str, ...]:
-        """Close every outgoing connection that `ruleset` and the learned set no longer allow."""
-        flows = conntrack.outgoing()
-        if not flows:
-            return ()
+    def _cut(self, ruleset: Ruleset, names: Mapping[IPAddress, str]) -> tuple[str, ...]:
+        """Close every connection to the outside that `ruleset` and the learned set no longer allow.
+
+        `names` says by which name an address was learned, for the report.
+        """
         allowed = Membership([*ruleset.static, *ruleset.private, *self.parts.backend.learned()])
-        upstream = {(endpoint.address, endpoint.port) for endpoint in self.upstreams}
-        revoked = [
-            flow
-            for flow in flows
-            if not allowed.holds(flow.destination, flow.proto, flow.dport)
-            and (flow.destination, flow.dport) not in upstream
-        ]
-        return tuple(str(flow) for flow in conntrack.cut(revoked))
+        upstream = {(endpoint.address, endpoint.port) for endpoint in ruleset.upstreams}
+        own = neighbourhood().addresses
+
+        def revoked(flow: conntrack.Flow) -> bool:
+            inward = flow.destination.is_loopback or flow.destination in own
+            asking = (flow.destination, flow.dport) in upstream or (ruleset.engine_dns and flow.dport == DNS)
+            return not inward and not asking and not allowed.holds(flow.destination, flow.proto, flow.dport)
+
+        done = conntrack.cut_where(revoked)
+        if done.flows and not done.destroys:
+            self.parts.log.warning("sockets.left", reason="the kernel cannot close sockets (CONFIG_INET_DIAG_DESTROY)")
+        return tuple(sorted(_shown(flow, names.get(flow.destination)) for flow in done.flows))
+
+
+def _shown(flow: conntrack.Flow, name: str | None) -> str:
+    host = f"[{flow.destination}]" if flow.destination.version == 6 else str(flow.destination)
+    where = f"{host}:{flow.dport}/{flow.proto}"
+    return f"{name} ({where})" if name else where
 
 
 def literal_names(policy: Policy) -> list[str]:

@@ -1,7 +1,7 @@
 """Runs: warden, at start and at reload. What the kernel says about this namespace's own networks.
 
-Read from /proc/net/route and /proc/net/ipv6_route (Documentation/networking/proc_net_tcp.rst's neighbours;
-field order in net/ipv4/fib_trie.c fib_route_seq_show and net/ipv6/route.c rt6_native_seq_show).
+Read from /proc/net: route and fib_trie (net/ipv4/fib_trie.c, fib_route_seq_show and fib_trie_seq_show), ipv6_route
+(net/ipv6/route.c, rt6_native_seq_show) and if_inet6 (net/ipv6/addrconf.c, if6_seq_show).
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,14 +23,14 @@ RTF_LOCAL = 0x8000_0000
 
 @dataclass(frozen=True, slots=True)
 class Neighbourhood:
-    """`subnets`: directly connected networks. `gateways`: next hops of default routes, as /32 and /128."""
+    """`subnets`: directly connected networks. `gateways`: next hops of default routes, as /32 and /128.
+
+    `addresses`: this namespace's own, loopback included.
+    """
 
     subnets: tuple[IPNetwork, ...]
     gateways: tuple[IPNetwork, ...]
-
-    def connects(self, address: IPAddress) -> bool:
-        """Whether `address` lies in a directly connected network."""
-        return any(address in network for network in self.subnets)
+    addresses: frozenset[IPAddress]
 
 
 def neighbourhood(proc: Path = Path("/proc/net")) -> Neighbourhood:
@@ -42,7 +43,8 @@ def neighbourhood(proc: Path = Path("/proc/net")) -> Neighbourhood:
                 subnets.append(network)
         elif network.prefixlen == 0:
             gateways.append(_host(gateway))
-    return Neighbourhood(tuple(dict.fromkeys(subnets)), tuple(dict.fromkeys(gateways)))
+    own = [*_local4(_lines(proc / "fib_trie")), *_local6(_lines(proc / "if_inet6"))]
+    return Neighbourhood(tuple(dict.fromkeys(subnets)), tuple(dict.fromkeys(gateways)), frozenset(own))
 
 
 def _host(address: IPAddress) -> IPNetwork:
@@ -83,3 +85,16 @@ def _routes6(lines: list[str]) -> list[tuple[IPNetwork, IPAddress | None]]:
             continue
         routes.append((network, IPv6Address(bytes.fromhex(gateway)) if int(flags, 16) & RTF_GATEWAY else None))
     return routes
+
+
+def _local4(lines: list[str]) -> list[IPAddress]:
+    """A leaf names an address, the line below it says what it is for."""
+    return [
+        IPv4Address(leaf.split()[-1])
+        for leaf, kind in pairwise(lines)
+        if "|--" in leaf and kind.split() == ["/32", "host", "LOCAL"]
+    ]
+
+
+def _local6(lines: list[str]) -> list[IPAddress]:
+    return [IPv6Address(bytes.fromhex(line.split()[0])) for line in lines]

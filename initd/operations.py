@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from initd import __version__, verify
-from initd.core.compile import Membership
+from initd.core.membership import Membership
 from initd.explain import explain
 from initd.health import examine
 from initd.loading import load_policy, writable_by

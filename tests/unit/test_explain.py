@@ -4,7 +4,7 @@ from ipaddress import ip_network
 
 import pytest
 
-from initd.core.compile import Membership
+from initd.core.membership import Membership
 from initd.core.policy import Service, parse
 from initd.core.ruleset import Element
 from initd.errors import ConfigError
