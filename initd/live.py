@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from initd.dnsguard import DnsGuard, GuardOptions
     from initd.enforce import Enforcer
     from initd.kernel.base import Backend
+    from initd.loading import Loaded
     from initd.logs import Log
     from initd.settings import Settings
 
@@ -56,12 +57,16 @@ class Parts:
 
 @dataclass(frozen=True, slots=True)
 class InForce:
-    """One policy with what follows from it; replaced as a whole. `source` is "file" or "defaults"."""
+    """One policy with what follows from it; replaced as a whole."""
 
-    policy: Policy
-    source: str
+    loaded: Loaded
     lookup: Lookup
     ruleset: Ruleset
+
+    @property
+    def policy(self) -> Policy:
+        """The policy itself."""
+        return self.loaded.policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,20 +106,21 @@ class Live:
         """Run one backend call in the backend's thread."""
         return await asyncio.get_running_loop().run_in_executor(self._worker, lambda: step(*args, **kwargs))
 
-    async def put(self, policy: Policy, source: str) -> tuple[str, ...]:
-        """Put `policy` into force; returns the connections that it closed, as text."""
+    async def put(self, loaded: Loaded) -> tuple[str, ...]:
+        """Put a policy into force; returns the connections that it closed, as text."""
         async with self._changing:
-            return await self._put(policy, source)
+            return await self._put(loaded)
 
     async def refresh(self) -> tuple[str, ...]:
         """Compile and enforce again: upstream resolvers, feeds or the namespace's networks have changed."""
-        return await self.put(self.in_force.policy, self.in_force.source)
+        async with self._changing:
+            return await self._put(self.in_force.loaded)
 
-    async def reload(self, policy: Policy, source: str, *, may_widen: bool, within: float) -> Reloaded:
-        """Put `policy` into force and resolve what is new, all within `within` seconds of resolving."""
+    async def reload(self, loaded: Loaded, *, may_widen: bool, within: float) -> Reloaded:
+        """Put a policy into force and resolve what is new, which may take `within` seconds."""
         started = time.monotonic()
         async with self._changing:
-            old = self.in_force.policy
+            old, policy = self.in_force.policy, loaded.policy
             wider = widens(old, policy)
             if wider and not may_widen:
                 raise PrivilegeError(
@@ -122,7 +128,7 @@ class Live:
                     hint="ask a person to run `docker compose exec claude fwctl reload` from the host",
                 )
             change = changes(old, policy)
-            closed = await self._put(policy, source)
+            closed = await self._put(loaded)
             fresh = set(literal_names(policy)) - set(literal_names(old))
             resolution = await self.resolve(fresh, within=within)
             self.last_reload = Reloaded(
@@ -148,7 +154,8 @@ class Live:
             self.parts.log.warning("name.unresolved", name=name, reason=reason)
         return resolution
 
-    async def _put(self, policy: Policy, source: str) -> tuple[str, ...]:
+    async def _put(self, loaded: Loaded) -> tuple[str, ...]:
+        policy = loaded.policy
         lookup = policy.lookup()
         ruleset = self._compile(policy)
         if self.now is None or ruleset != self.now.ruleset:
@@ -160,7 +167,7 @@ class Live:
                 entries=len(ruleset.static) + len(ruleset.private),
                 ms=round((time.monotonic() - started) * 1000, 1),
             )
-        first, self.now = self.now is None, InForce(policy, source, lookup, ruleset)
+        first, self.now = self.now is None, InForce(loaded, lookup, ruleset)
         names = {lease.address: lease.name for lease in self.parts.guard.leases}
         options = guard_options(self.parts.settings, policy, chain.from_iterable(self._networks().values()))
         self.parts.guard.set_policy(lookup.decide, options=None if options == self._options else options)

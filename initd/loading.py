@@ -7,7 +7,7 @@ import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from initd.core import policy
 from initd.files import read_regular
@@ -21,20 +21,25 @@ DEFAULTS = "built-in defaults"
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A parsed policy and where it came from: the file's path, or `DEFAULTS`."""
+    """A policy, the text it was parsed from, and where that came from: the file's path, or `DEFAULTS`."""
 
     policy: Policy
+    text: str
     source: str
+
+    @classmethod
+    def parse(cls, text: str, source: str) -> Self:
+        """PolicyError with every bad line, each naming `source`."""
+        return cls(policy.parse(text, file=source), text, source)
 
 
 def load_policy(settings: Settings) -> Loaded:
     """The policy file, or the defaults when there is none; ConfigError with every bad line otherwise."""
     path = settings.policy
     if not os.path.lexists(path):
-        return Loaded(policy.parse(policy.DEFAULT_POLICY, file=DEFAULTS), DEFAULTS)
+        return Loaded.parse(policy.DEFAULT_POLICY, DEFAULTS)
     name = str(path)
-    text = policy.decode(read_regular(path, policy.MAX_BYTES), file=name)
-    return Loaded(policy.parse(text, file=name), name)
+    return Loaded.parse(policy.decode(read_regular(path, policy.MAX_BYTES), file=name), name)
 
 
 def writable_by(path: Path, uid: int, gid: int) -> str | None:

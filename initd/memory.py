@@ -15,8 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import tomli_w
 
-from initd.core.policy import dump
-
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -49,8 +47,8 @@ class State:
 def remember(live: Live, *, now: float) -> State:
     """What is in force now, as a document."""
     return State(
-        policy=dump(live.in_force.policy),
-        source=live.in_force.source,
+        policy=live.in_force.loaded.text,
+        source=live.in_force.loaded.source,
         saved=now,
         upstreams=tuple(str(one.address) for one in sorted(live.upstreams)),
         feeds={feed.value: [str(network) for network in networks] for feed, networks in live.feeds.items()},

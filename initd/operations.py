@@ -53,8 +53,7 @@ class Operations:
     def warnings(self) -> list[str]:
         """What the operator should know, in words."""
         how = self._writable()
-        words = [f"a session can change its own policy: {how}; mount it read-only"] if how else []
-        return words
+        return [f"a session can change its own policy: {how}; mount it read-only"] if how else []
 
     def _writable(self) -> str | None:
         return writable_by(self._settings.policy, self._settings.claude_uid, self._settings.claude_gid)
@@ -73,7 +72,7 @@ class Operations:
             "uptime": round(time.monotonic() - self._started, 1),
             "generation": self._keeping.generation,
             "user": {"uid": self._settings.claude_uid, "gid": self._settings.claude_gid},
-            "policy": {"file": str(self._settings.policy), "source": now.source, **size_of(now.policy)},
+            "policy": {"file": str(self._settings.policy), "source": now.loaded.source, **size_of(now.policy)},
             "rules": {
                 "static": len(now.ruleset.static),
                 "private": len(now.ruleset.private),
@@ -94,7 +93,7 @@ class Operations:
     async def _reload(self, _request: Request, peer: Peer) -> dict[str, Any]:
         loaded = load_policy(self._settings)
         may_widen = peer.uid == 0 or self._writable() is None
-        done = await self._live.reload(loaded.policy, loaded.source, may_widen=may_widen, within=RESOLVE_SECONDS)
+        done = await self._live.reload(loaded, may_widen=may_widen, within=RESOLVE_SECONDS)
         lists = {key: getattr(done, key) for key in ("added", "removed", "closed")}
         return {
             "policy": size_of(loaded.policy),

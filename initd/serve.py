@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from initd import logs, memory, verify
 from initd.control import Control
 from initd.core.leases import from_state
-from initd.core.policy import parse
 from initd.dnsguard import DnsGuard
 from initd.enforce import Enforcer
 from initd.errors import EnforcementError
@@ -54,7 +53,7 @@ async def _serve(settings: Settings, handover: Handover, backend: Backend, *, lo
     )
     live = Live(Parts(backend, Enforcer(backend), guard, settings, log), resolv.upstreams)
     feed = GithubFeed(settings, live)
-    await live.put(loaded.policy, loaded.source)
+    await live.put(loaded)
     if saved:
         guard.restore(from_state(saved.leases), elapsed=saved.age(time.time()))
     await guard.start(handover.sockets)
@@ -94,7 +93,7 @@ def _resume(saved: memory.State | None, settings: Settings) -> Loaded:
     """The policy that was in force, not the file: what is in the file has not been asked for by anybody yet."""
     if saved is None:
         return load_policy(settings)
-    return Loaded(parse(saved.policy, file=memory.FILE), saved.source)
+    return Loaded.parse(saved.policy, saved.source)
 
 
 async def _verify(settings: Settings, operations: Operations, *, log: Log) -> None:

@@ -1,4 +1,4 @@
-"""Runs: warden, always. What has to be done again and again: heartbeat, leases of open connections, resolv.conf, state."""
+"""Runs: warden, always. The duties that recur: heartbeat, leases of open connections, resolv.conf, saved state."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Upkeep:
         while True:
             try:
                 await duty()
-            except Exception:  # noqa: BLE001 - one failed turn must not end the duty
+            except Exception:
                 self._live.parts.log.exception("upkeep.failed", duty=duty.__name__)
             await asyncio.sleep(seconds)
 
