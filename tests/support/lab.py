@@ -46,7 +46,10 @@ def _authority() -> tuple[Path, Path]:
 
 
 class Lab:
-    """Namespaces, servers and packet log; a context manager. `boxes` are stopped before the network goes."""
+    """Namespaces, servers and packet log; a context manager. `boxes` are stopped before the network goes.
+
+    Servers and boxes are killed when the thread that made them ends (PR_SET_PDEATHSIG, prctl(2)).
+    """
 
     def __init__(self, family: Family = Family.DUAL) -> None:
         self.family = family
