@@ -35,6 +35,12 @@ class Enforcer:
             )
         self._believed = ruleset
 
+    def take_over(self, ruleset: Ruleset) -> None:
+        """Believe in what a predecessor wrote if it is what `ruleset` asks for; enforce it otherwise."""
+        if self._differs(ruleset):
+            self.enforce(ruleset)
+        self._believed = ruleset
+
     def recheck(self) -> tuple[str, ...]:
         """How the kernel differs now from what was last enforced: empty when the rules stand as written."""
         if self._believed is None:

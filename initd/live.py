@@ -82,7 +82,7 @@ class Reloaded:
 
 
 class Live:
-    """The policy in force. `put` and `reload` change it; everything else only looks."""
+    """The policy in force. `start`, `reload` and `refresh` change it; everything else only looks."""
 
     def __init__(self, parts: Parts, upstreams: Iterable[Endpoint]) -> None:
         self.parts = parts
@@ -106,15 +106,16 @@ class Live:
         """Run one backend call in the backend's thread."""
         return await asyncio.get_running_loop().run_in_executor(self._worker, lambda: step(*args, **kwargs))
 
-    async def put(self, loaded: Loaded) -> tuple[str, ...]:
-        """Put a policy into force; returns the connections that it closed, as text."""
+    async def start(self, loaded: Loaded, *, resuming: bool) -> None:
+        """Put the first policy into force; `resuming` keeps a predecessor's rules when they are the right ones."""
+        enforcer = self.parts.enforcer
         async with self._changing:
-            return await self._put(loaded)
+            await self._put(loaded, enforcer.take_over if resuming else enforcer.enforce)
 
     async def refresh(self) -> tuple[str, ...]:
         """Compile and enforce again: upstream resolvers, feeds or the namespace's networks have changed."""
         async with self._changing:
-            return await self._put(self.in_force.loaded)
+            return await self._put(self.in_force.loaded, self.parts.enforcer.enforce)
 
     async def reload(self, loaded: Loaded, *, may_widen: bool, within: float) -> Reloaded:
         """Put a policy into force and resolve what is new, which may take `within` seconds."""
@@ -128,7 +129,7 @@ class Live:
                     hint="ask a person to run `docker compose exec claude fwctl reload` from the host",
                 )
             change = changes(old, policy)
-            closed = await self._put(loaded)
+            closed = await self._put(loaded, self.parts.enforcer.enforce)
             fresh = set(literal_names(policy)) - set(literal_names(old))
             resolution = await self.resolve(fresh, within=within)
             self.last_reload = Reloaded(
@@ -154,13 +155,13 @@ class Live:
             self.parts.log.warning("name.unresolved", name=name, reason=reason)
         return resolution
 
-    async def _put(self, loaded: Loaded) -> tuple[str, ...]:
+    async def _put(self, loaded: Loaded, enforce: Callable[[Ruleset], None]) -> tuple[str, ...]:
         policy = loaded.policy
         lookup = policy.lookup()
         ruleset = self._compile(policy)
         if self.now is None or ruleset != self.now.ruleset:
             started = time.monotonic()
-            await self.in_worker(self.parts.enforcer.enforce, ruleset)
+            await self.in_worker(enforce, ruleset)
             self.parts.log.info(
                 "rules.applied",
                 backend=self.parts.backend.name,

@@ -53,7 +53,7 @@ async def _serve(settings: Settings, handover: Handover, backend: Backend, *, lo
     )
     live = Live(Parts(backend, Enforcer(backend), guard, settings, log), resolv.upstreams)
     feed = GithubFeed(settings, live)
-    await live.put(loaded)
+    await live.start(loaded, resuming=handover.resuming)
     if saved:
         guard.restore(from_state(saved.leases), elapsed=saved.age(time.time()))
     await guard.start(handover.sockets)

@@ -395,6 +395,6 @@ class Box:
             except OSError:
                 continue
             for role in ("keeper", "warden", "probe"):
-                if role in words[1:4] and any("initd" in word for word in words[:3]):
+                if role in words and words[words.index(role) - 1].endswith("initd"):
                     found[role] = pid
         return found
