@@ -7,7 +7,7 @@ any other name has the decision of the nearest mentioned name above it.
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 from initd.core.entries import Decision, Denial, NameRule, Origin, Service, Verdict
 from initd.core.names import ancestors
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from ipaddress import IPv4Address, IPv6Address
 
     from initd.core.entries import RangeRule
-
-Rule = TypeVar("Rule", NameRule, Denial)
 
 _NONE: frozenset[Service] = frozenset()
 UNLISTED = Decision(Verdict.UNLISTED, _NONE, (), literal=False)
@@ -42,16 +40,12 @@ class Lookup:
             if not denial.wildcard:
                 at[denial.name].append(denial)
         self._ranges = tuple(ranges)
-        self._below: dict[str, Decision] = {}
-        for name in wild.keys() | below.keys():
-            chain = [name, *ancestors(name)]
-            self._below[name] = _decide([], _along(wild, chain), _along(below, chain))
-        self._exact: dict[str, Decision] = {}
-        for name in literal.keys() | at.keys():
-            chain = ancestors(name)
-            self._exact[name] = _decide(
-                literal.get(name, []), _along(wild, chain), at.get(name, []) + _along(below, chain)
-            )
+        from_above = _Inheritance(wild, below)
+        self._below = {name: _decide([], *from_above.below(name)) for name in wild.keys() | below.keys()}
+        self._exact = {
+            name: _decide(literal.get(name, []), *from_above.of(name), at.get(name, []))
+            for name in literal.keys() | at.keys()
+        }
         self._mark_parents(literal, wild)
 
     def decide(self, name: str) -> Decision:
@@ -89,20 +83,43 @@ class Lookup:
 
     def _mark(self, parents: Iterable[str]) -> None:
         for parent in parents:
-            if self.decide(parent) is UNLISTED:
+            decision = self.decide(parent)
+            if decision is PARENT:
+                return  # and so are those above it
+            if decision is UNLISTED:
                 self._exact[parent] = PARENT
 
 
-def _along(table: Mapping[str, list[Rule]], chain: Iterable[str]) -> list[Rule]:
-    return [rule for name in chain for rule in table.get(name, ())]
+class _Inheritance:
+    """What wildcards and exceptions above a name say about it; names with the same parent share the answer."""
+
+    def __init__(self, wild: Mapping[str, list[NameRule]], below: Mapping[str, list[Denial]]) -> None:
+        self._wild = wild
+        self._below = below
+        self._known: dict[str, tuple[list[NameRule], list[Denial]]] = {}
+
+    def of(self, name: str) -> tuple[list[NameRule], list[Denial]]:
+        """Rules at the proper parents of `name`, the nearest first."""
+        return self.below(name.partition(".")[2])
+
+    def below(self, name: str) -> tuple[list[NameRule], list[Denial]]:
+        """Rules that hold for the names below `name`, the nearest first."""
+        known = self._known.get(name)
+        if known is None:
+            chain = [name, *ancestors(name)]
+            known = self._known[name] = (
+                [rule for one in chain for rule in self._wild.get(one, ())],
+                [rule for one in chain for rule in self._below.get(one, ())],
+            )
+        return known
 
 
-def _decide(literal: list[NameRule], wild: list[NameRule], denied: list[Denial]) -> Decision:
-    if denied:
+def _decide(literal: list[NameRule], wild: list[NameRule], above: list[Denial], at: Iterable[Denial] = ()) -> Decision:
+    if denied := [*at, *above]:
         origins = tuple(sorted({denial.origin for denial in denied}))
         return Decision(Verdict.DENIED, _NONE, origins, literal=False)
-    services: frozenset[Service] = _NONE.union(*(rule.services for rule in (*literal, *wild)))
-    origins = tuple(dict.fromkeys([rule.origin for rule in (*literal, *wild)]))
-    if not origins:
-        return UNLISTED
-    return Decision(Verdict.LISTED, services, origins, literal=bool(literal))
+    rules = literal + wild
+    services = rules[0].services if len(rules) == 1 else _NONE.union(*(rule.services for rule in rules))
+    return Decision(
+        Verdict.LISTED, services, tuple(dict.fromkeys(rule.origin for rule in rules)), literal=bool(literal)
+    )

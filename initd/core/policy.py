@@ -208,7 +208,8 @@ def widens(old: Policy, new: Policy) -> tuple[str, ...]:
     mentioned |= {rule.name for policy in (old, new) for rule in policy.denials}
     for name in mentioned:
         for one in (name, f"*.{name}"):
-            if extra := after.decide(one).services - before.decide(one).services:
+            was, now = before.decide(one).services, after.decide(one).services
+            if now is not was and (extra := now - was):
                 wider[one] = extra
     wider |= _wider_ranges(old, new)
     known = {(rule.feed, service) for rule in old.feeds for service in rule.services}

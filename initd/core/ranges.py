@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from initd.core.entries import IPNetwork
 
 BROADEST4 = 8
-"""Shortest IPv4 prefix: one sixteen-millionth of the net, and the largest range of RFC 1918."""
+"""Shortest IPv4 prefix: the largest range of RFC 1918, and a 256th of the net."""
 
 BROADEST6 = 16
 """Shortest IPv6 prefix: a cloud's whole allocation fits, a registry's (/12, RFC 7020) does not."""
