@@ -85,23 +85,24 @@ def compile_ruleset(
     Networks are merged for each service, public and special ones apart: a range that only touches special ones
     stays `static`, so that its special part is refused, also beside a neighbour that is listed.
     """
-    wanted: dict[Service, set[IPNetwork]] = {}
+    wanted: dict[Service, set[_Key]] = {}
     for rule in ranges:
+        key = _key(rule.network)
         for service in rule.services:
-            wanted.setdefault(service, set()).add(rule.network)
+            wanted.setdefault(service, set()).add(key)
     for feed in feeds:
         for service in feed.services:
-            wanted.setdefault(service, set()).update(networks.get(feed.feed, ()))
+            wanted.setdefault(service, set()).update(map(_key, networks.get(feed.feed, ())))
+    alike: dict[frozenset[_Key], list[Service]] = {}
+    for service, keys in wanted.items():
+        alike.setdefault(frozenset(keys), []).append(service)
     static: list[Element] = []
     private: list[Element] = []
-    made: dict[_Key, IPNetwork] = {}
-    for service, members in wanted.items():
-        keys = {_key(network) for network in members}
-        special = {key for key in keys if _inside_special(key)}
-        for chosen, elements in ((keys - special, static), (special, private)):
-            for key in _merged(chosen):
-                network = made.get(key) or made.setdefault(key, _network(key))
-                elements.append(Element(network, service.proto, service.port))
+    for members, services in alike.items():
+        special = {key for key in members if _inside_special(key)}
+        for chosen, elements in ((members - special, static), (special, private)):
+            for network in map(_network, _merged(chosen)):
+                elements.extend([Element(network, service.proto, service.port) for service in services])
     return Ruleset(
         around.warden_uid,
         upstreams=around.upstreams,
