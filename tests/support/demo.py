@@ -9,6 +9,7 @@ from __future__ import annotations
 import ipaddress
 import json
 import os
+import select
 import shutil
 import subprocess
 import sys
@@ -203,14 +204,13 @@ def moved(story: Story) -> str:
 
 def removed(story: Story) -> str:
     story.talk = story.box.popen(client("talk", LATE, "22"))
-    assert story.talk.stdout is not None
-    expect(story.talk.stdout.readline() == b"open\n", f"no connection to {LATE}:22")
+    expect(said(story.talk) == "open", f"no connection to {LATE}:22")
     begin = time.monotonic()
     report = reload(story, story.policy)
     expect(report["removed_total"] == 1, f"the reload reports {report}")
     named = [text for text in report["closed"] if f"{LATE_SECOND}:22" in text]
     expect(named, f"the reload does not say that it closed the connection: {report}")
-    ending = json.loads(story.talk.stdout.readline())
+    ending = json.loads(said(story.talk))
     expect(ending["error"], f"the open connection ended without an error: {ending}")
     after = (ending["at"] - begin) * 1000
     expect(attempt(story.box, ("tcp", LATE, 443)).error, f"{LATE} still answers")
@@ -277,6 +277,13 @@ def reload(story: Story, policy: str) -> dict[str, Any]:
     expect(done.returncode == 0, f"fwctl reload: {done.stdout}{done.stderr}")
     report: dict[str, Any] = json.loads(done.stdout)
     return report
+
+
+def said(session: Session) -> str:
+    """The next line that a session prints."""
+    assert session.stdout is not None
+    expect(select.select([session.stdout], [], [], _PATIENCE)[0], f"a session said nothing for {_PATIENCE:.0f} s")
+    return session.stdout.readline().decode().strip()
 
 
 def downloaded(story: Story) -> int:
