@@ -262,7 +262,7 @@ def test_the_kernels_listing_is_the_golden_one(box, backend, name):
     if name != "lockdown":
         box.do(backend.apply, RULESETS[name])
     golden = CASES / f"{name}.nft"
-    listing = box.nft("-n", "list", "table", "inet", "initd")
+    listing = box.nft("-n", "list", "table", "inet", "initd").replace(" burst 5 packets", "")  # 1.1 leaves defaults out
     if os.environ.get("INITD_WRITE_GOLDENS"):
         golden.write_text(listing)
     assert listing == golden.read_text()
@@ -334,59 +334,6 @@ def test_nothing_is_left_after_a_probe_and_a_teardown(box, backend):
 # --- packets
 
 
-def test_only_what_is_listed_goes_out(pair, backend):
-    box = pair.box
-    assert box.do(tcp, OTHER4)[0] == 0  # negative control: without rules it answers
-    assert box.do(udp, OTHER6)[0] == 0
-    box.do(backend.lockdown, WARDEN)
-    for address in (PUBLIC4, OTHER4, PUBLIC6, OTHER6):
-        assert_refused(box.do(tcp, address))
-    box.do(backend.apply, listed(PUBLIC4, PUBLIC6))
-    assert box.do(tcp, PUBLIC4)[0] == 0
-    assert box.do(tcp, PUBLIC6)[0] == 0
-    assert_refused(box.do(tcp, OTHER4))
-    assert_refused(box.do(tcp, OTHER6))
-    assert_refused(box.do(tcp, PUBLIC4, UNLISTED))
-    assert_refused(box.do(tcp, PUBLIC6, UNLISTED))
-    assert_refused(box.do(udp, PUBLIC4), PROHIBITED)
-    assert_refused(box.do(udp, PUBLIC6), PROHIBITED)
-    assert_refused(box.do(tcp, PRIVATE4))
-    refused = box.do(backend.counters).refused
-    assert refused["special"] >= 1
-    assert refused["unlisted"] >= 10
-
-
-def test_special_ranges_need_to_be_listed_or_learned(pair, backend):
-    box = pair.box
-    box.do(backend.apply, Ruleset(WARDEN, static=frozenset({element("0.0.0.0/1")})))
-    assert_refused(box.do(tcp, PRIVATE4))
-    box.do(backend.learn, [(element(PRIVATE4), 60)])
-    assert box.do(tcp, PRIVATE4)[0] == 0
-    assert_refused(box.do(tcp, PRIVATE4, UNLISTED))
-    box.do(backend.forget, [element(PRIVATE4)])
-    assert_refused(box.do(tcp, PRIVATE4))
-    box.do(backend.apply, Ruleset(WARDEN, private=frozenset({element("10.77.0.0/16")})))
-    assert box.do(tcp, PRIVATE4)[0] == 0
-
-
-@pytest.mark.parametrize(
-    ("address", "transport"), [(PUBLIC4, "tcp"), (PUBLIC6, "tcp"), (PUBLIC4, "udp"), (PUBLIC6, "udp")]
-)
-def test_learned_until_it_expires(pair, backend, address, transport):
-    box = pair.box
-    connect = tcp if transport == "tcp" else udp
-    member = element(address, proto=transport)
-    box.do(backend.apply, Ruleset(WARDEN))
-    assert box.do(connect, address)[0] != 0
-    box.do(backend.learn, [(member, 1)])
-    assert box.do(connect, address)[0] == 0
-    assert box.do(connect, address, UNLISTED)[0] != 0
-    time.sleep(1.1)
-    if transport == "tcp":
-        assert_refused(box.do(connect, address))
-    assert box.do(backend.learned) == {}
-
-
 def test_established_connections_live_on_and_lockdown_ends_them(pair, backend):
     box = pair.box
     box.do(backend.apply, listed(PUBLIC4))
@@ -420,54 +367,6 @@ def test_strangers_are_refused_at_once_and_neighbours_let_in(pair, backend):
         pair.box.do(backend.apply, Ruleset(WARDEN, subnets=subnets))
         assert pair.peer.do(tcp, BOX4, 8000)[0] == 0
         assert pair.peer.do(tcp, BOX6, 8000)[0] == 0
-
-
-_TRY = """
-import socket, sys
-sock = socket.socket(type=socket.SOCK_STREAM if sys.argv[1] == "tcp" else socket.SOCK_DGRAM)
-sock.settimeout(1)
-try:
-    sock.connect((sys.argv[2], int(sys.argv[3])))
-    sock.send(b"x")
-    print(sock.recv(1) == b"x")
-except OSError as error:
-    print(error.errno or "timeout")
-"""
-
-
-PROHIBITED_TEXT, REFUSED_TEXT = ({str(code) for code in codes} for codes in (PROHIBITED, REFUSED))
-
-
-def _as(space, uid, transport, address, port):
-    switch = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"]
-    return space.run(*switch, "/usr/bin/python3", "-c", _TRY, transport, address, str(port)).stdout.strip()
-
-
-def test_only_the_warden_reaches_its_upstreams_and_the_engines_resolver(pair, backend):
-    box = pair.box
-
-    def resolver():
-        sock = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        sock.bind(("127.0.0.11", 41234))
-        threading.Thread(target=lambda: [sock.sendto(*sock.recvfrom(64)) for _ in range(3)], daemon=True).start()
-        return sock
-
-    upstreams = frozenset({Endpoint(ip_address("127.0.0.11")), Endpoint(ip_address(OTHER4), LISTED)})
-    with box.do(resolver):
-        assert _as(box, SESSION, "udp", "127.0.0.11", 41234) == "True"  # negative control
-        box.do(backend.lockdown, WARDEN)
-        assert _as(box, WARDEN, "udp", "127.0.0.11", 41234) == "True"
-        assert _as(box, SESSION, "udp", "127.0.0.11", 41234) in PROHIBITED_TEXT
-        box.do(backend.apply, Ruleset(WARDEN, upstreams=upstreams))
-        assert _as(box, WARDEN, "udp", "127.0.0.11", 41234) == "True"
-        for uid in (SESSION, 0):
-            assert _as(box, uid, "udp", "127.0.0.11", 41234) in PROHIBITED_TEXT
-            assert _as(box, uid, "tcp", "127.0.0.11", 41234) in REFUSED_TEXT
-    for transport, refused in (("udp", PROHIBITED_TEXT), ("tcp", REFUSED_TEXT)):
-        assert _as(box, WARDEN, transport, OTHER4, LISTED) == "True"
-        assert _as(box, WARDEN, transport, OTHER4, UNLISTED) in refused
-        assert _as(box, SESSION, transport, OTHER4, LISTED) in refused
-    assert box.do(backend.counters).refused["dns"] >= 5
 
 
 def test_fragments_and_extension_headers_do_not_slip_past(pair, backend):
