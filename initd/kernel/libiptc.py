@@ -122,6 +122,7 @@ def load() -> Any:
                 f"python-iptables cannot be used: {error}", hint="install iptables (libxtables)"
             ) from error
         _share_owner()
+        _read_options_of_any_release()
         # Looking whether a target is a chain would open, and so create, every other table.
         for table in (iptc.Table, iptc.Table6):
             table.existing_table_names.update(dict.fromkeys(table.ALL, False) | {"filter": True})
@@ -135,6 +136,30 @@ def _share_owner() -> None:
 
     if found := xtables(NFPROTO_IPV4).find_match("owner"):
         xtables(NFPROTO_IPV6)._loaded(b"owner", found)  # noqa: SLF001
+
+
+def _read_options_of_any_release() -> None:
+    """Let every option be found: iptables 1.8.11 made `struct xt_option_entry` (xtables.h) one field longer.
+
+    With the length that python-iptables 1.2.0 knows, only the first option of an extension is seen. Nothing says
+    which of the two is installed, but udp has several: where the second name would be, the longer struct has zeros.
+    """
+    from iptc.xtables import NFPROTO_IPV4, xt_option_entry, xtables  # noqa: PLC0415
+
+    found = xtables(NFPROTO_IPV4).find_match("udp")
+    if not found or not found[0].x6_options:
+        return
+    short = ctypes.sizeof(xt_option_entry)
+    second = ctypes.c_void_p.from_address(ctypes.addressof(found[0].x6_options.contents) + short)
+    length = short if second.value else short + 8  # an int, and padding
+
+    def lookup(_self: Any, entries: Any, name: bytes) -> Any:
+        address = ctypes.addressof(entries.contents)
+        while (entry := xt_option_entry.from_address(address)).name not in (None, name):
+            address += length
+        return entry if entry.name else None
+
+    xtables._option_lookup = lookup  # noqa: SLF001
 
 
 @contextmanager
