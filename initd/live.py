@@ -190,7 +190,7 @@ class Live:
         return {**self.feeds, Feed.HOST: around.gateways, Feed.SUBNET: around.subnets}
 
     def _cut(self, ruleset: Ruleset, names: Mapping[IPAddress, str]) -> tuple[str, ...]:
-        """Close every connection to the outside that `ruleset` and the learned set no longer allow.
+        """Close every connection to the outside that `ruleset` and the learned set no longer allow; tell the open ones.
 
         `names` says by which name an address was learned, for the report.
         """
@@ -206,7 +206,7 @@ class Live:
         done = conntrack.cut_where(revoked)
         if done.flows and not done.destroys:
             self.parts.log.warning("sockets.left", reason="the kernel cannot close sockets (CONFIG_INET_DIAG_DESTROY)")
-        return tuple(sorted(_shown(flow, names.get(flow.destination)) for flow in done.flows))
+        return tuple(sorted(_shown(flow, names.get(flow.destination)) for flow in done.flows if flow.live))
 
 
 def _shown(flow: conntrack.Flow, name: str | None) -> str:
