@@ -1,0 +1,1 @@
+"""Benches: scripts, never timed tests. `python -m bench` runs them all."""
