@@ -5,7 +5,7 @@ from ipaddress import ip_address, ip_network
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from initd.core import policy as language
@@ -106,6 +106,7 @@ def test_decode_limits():
         language.decode(b"a\n" * language.MAX_LINES + b"a")
 
 
+@settings(deadline=None)
 @given(st.binary(max_size=400))
 def test_any_bytes_decode_or_say_where(raw):
     try:
@@ -116,6 +117,7 @@ def test_any_bytes_decode_or_say_where(raw):
         assert issue.column >= 1
 
 
+@settings(deadline=None)
 @given(st.text(max_size=80).filter(lambda text: "\0" not in text and not text.startswith("\ufeff")))
 def test_decode_is_utf8(text):
     assert language.decode(text.encode()) == text
@@ -144,6 +146,7 @@ LINES = st.one_of(st.text(max_size=60), st.lists(PIECES, max_size=14).map("".joi
 WORDS = [line for case in CASES.glob("*.txt") for line in case.read_bytes().decode("utf-8", "replace").splitlines()]
 
 
+@settings(deadline=None)
 @given(st.lists(st.one_of(LINES, st.sampled_from(WORDS)), max_size=6).map("\n".join))
 def test_any_text_is_a_policy_or_an_error_that_points_into_it(text):
     lines = text.removeprefix("\ufeff").split("\n")
@@ -220,6 +223,7 @@ def model(policy: language.Policy, name: str) -> tuple[Verdict, frozenset[Servic
     return (Verdict.PARENT if listed_below else Verdict.UNLISTED), frozenset(), False
 
 
+@settings(deadline=None)
 @given(POLICY)
 def test_decide_is_the_model(policy):
     lookup = policy.lookup()
@@ -228,6 +232,7 @@ def test_decide_is_the_model(policy):
         assert (decision.verdict, decision.services, decision.literal) == model(policy, name), name
 
 
+@settings(deadline=None)
 @given(POLICY, POLICY)
 def test_widens_is_exact_for_names(old, new):
     before, after = old.lookup(), new.lookup()
@@ -235,11 +240,13 @@ def test_widens_is_exact_for_names(old, new):
     assert bool(language.widens(old, new)) == wider
 
 
+@settings(deadline=None)
 @given(ANYTHING)
 def test_dump_round_trips(policy):
     assert_same(parse(language.dump(policy)), policy)
 
 
+@settings(deadline=None)
 @given(ANYTHING, ANYTHING)
 def test_changes_are_entries_and_lead_from_old_to_new(old, new):
     change = language.changes(old, new)
