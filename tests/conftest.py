@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import hypothesis
 import pytest
 
 from tests.support import lab as labs
@@ -22,6 +23,11 @@ if TYPE_CHECKING:
     from tests.support.box import Box
 
 _REQUIRE = ("all", "kernel", "engine")
+
+# In CI the same examples every time: a new counterexample is found by people, not by whoever pushes next.
+hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
+hypothesis.settings.register_profile("local", deadline=None)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -56,6 +62,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         if required in {"all", mark}:
             pytest.fail(f"--require={required}: {mark}: {reason}", pytrace=False)
         pytest.skip(f"{mark}: {reason}")
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """With --require a test that skips itself is a failure too, whatever its reason."""
+    outcome = yield
+    report = outcome.get_result()
+    required = item.config.getoption("--require")
+    marks = [mark for mark in ("kernel", "engine") if item.get_closest_marker(mark) and required in {"all", mark}]
+    if report.skipped and marks and not hasattr(report, "wasxfail"):
+        report.outcome = "failed"
+        report.longrepr = f"--require={required}: skipped: {report.longrepr}"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
