@@ -181,5 +181,3 @@ def _trouble(refusal: NetlinkRefusal, doing: str) -> KernelError | PrivilegeErro
     word = errno.errorcode.get(refusal.code, str(refusal.code))
     hint = "load nf_conntrack_netlink on the host" if refusal.code in {errno.EINVAL, errno.EOPNOTSUPP} else None
     return KernelError(f"conntrack: {doing}: {word}", hint=hint)
-
-
