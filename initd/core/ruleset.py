@@ -148,12 +148,12 @@ def _merged(keys: Iterable[_Key]) -> list[_Key]:
     Never a /0, which no ipset can hold (net/netfilter/ipset/ip_set_hash_netport.c): that stays two halves.
     """
     kept: list[_Key] = []
-    for key in sorted(half for key in keys for half in _halves(key)):
-        version, first, prefix = key
+    for network in sorted(half for key in keys for half in _halves(key)):
+        version, first, prefix = network
         bits = _BITS[version]
         if kept and kept[-1][0] == version and kept[-1][1] >> (bits - kept[-1][2]) == first >> (bits - kept[-1][2]):
             continue  # inside the one before; sorting puts the wider of two with one start first
-        kept.append(key)
+        kept.append(network)
         while prefix > 1 and len(kept) > 1 and kept[-2] == (version, first ^ (1 << (bits - prefix)), prefix):
             prefix -= 1
             first &= ~(1 << (bits - prefix - 1))

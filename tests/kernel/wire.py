@@ -139,6 +139,8 @@ class Wire:
         try:
             self._build(family)
             self._serve()
+            self.do(_connected, FAR6 if family == "v6" else FAR4)
+            self.arrived()
         except BaseException:
             self.close()
             raise
@@ -173,7 +175,9 @@ class Wire:
                 os.close(ready)
                 self._commands.close()
                 enter(self.far)
-                _far_side(child, tell)
+                far = _FarSide(child)
+                os.write(tell, b"!")
+                far.serve()
                 code = 0
             except BaseException:
                 traceback.print_exc()
@@ -258,6 +262,13 @@ class Wire:
                 run("ip", "netns", "delete", name)
 
 
+def _connected(target: str) -> None:
+    """A veth pair carries nothing until the kernel has noticed, some milliseconds later, that both ends are up."""
+    until = time.monotonic() + 10
+    while _attempt("tcp", target, 443, 0, 0.1).outcome != "open":
+        assert time.monotonic() < until, "the cable stays dead"
+
+
 def _read_all(descriptor: int, seconds: float) -> bytes:
     until = time.monotonic() + seconds
     data = b""
@@ -271,22 +282,25 @@ def _read_all(descriptor: int, seconds: float) -> bytes:
         data += piece
 
 
-def _far_side(commands: socket.socket, tell: int) -> None:
-    """Echo on `PORTS`, TCP and UDP, and note what arrives. A TCP peer that says "hold" is then fed a byte each 20 ms."""
-    sniffer = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
-    sniffer.setsockopt(socket.SOL_SOCKET, 33, 16 << 20)  # SO_RCVBUFFORCE
-    sniffer.setsockopt(263, 23, 1)  # SOL_PACKET, PACKET_IGNORE_OUTGOING
-    sniffer.bind(("eth0", 3))  # ETH_P_ALL
-    poll = select.epoll()
-    sockets: dict[int, socket.socket] = {}
-    listeners, feeds = set(), {}
+class _FarSide:
+    """Echo on `PORTS`, TCP and UDP, and note what arrives. A TCP peer that says "hold" gets a byte each 20 ms."""
 
-    def watch(sock: socket.socket) -> None:
-        sock.setblocking(False)
-        sockets[sock.fileno()] = sock
-        poll.register(sock, select.EPOLLIN)
+    def __init__(self, commands: socket.socket) -> None:
+        self.commands = commands
+        self.sniffer = socket.socket(socket.AF_PACKET, socket.SOCK_RAW | socket.SOCK_NONBLOCK, 0)
+        self.sniffer.setsockopt(socket.SOL_SOCKET, 33, 16 << 20)  # SO_RCVBUFFORCE
+        self.sniffer.setsockopt(263, 23, 1)  # SOL_PACKET, PACKET_IGNORE_OUTGOING
+        self.sniffer.bind(("eth0", 3))  # ETH_P_ALL
+        self.poll = select.epoll()
+        self.poll.register(commands, select.EPOLLIN)
+        self.sockets: dict[int, socket.socket] = {}
+        self.listeners: set[int] = set()
+        self.feeds: dict[int, socket.socket] = {}
+        self.seen: list[tuple[str, int]] = []
+        for port, kind in itertools.product(PORTS, (socket.SOCK_STREAM, socket.SOCK_DGRAM)):
+            self.listen(port, kind)
 
-    for port, kind in itertools.product(PORTS, (socket.SOCK_STREAM, socket.SOCK_DGRAM)):
+    def listen(self, port: int, kind: int) -> None:
         sock = socket.socket(socket.AF_INET6, kind)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.setsockopt(41, 26, 0)  # IPV6_V6ONLY
@@ -296,45 +310,48 @@ def _far_side(commands: socket.socket, tell: int) -> None:
         sock.bind(("::", port))
         if kind == socket.SOCK_STREAM:
             sock.listen(512)
-            listeners.add(sock.fileno())
-        watch(sock)
-    poll.register(commands, select.EPOLLIN)
-    os.write(tell, b"!")
-    seen: list[tuple[str, int]] = []
-    while True:
-        for number, _ in poll.poll(0.02 if feeds else -1):
-            if number == commands.fileno():
-                if not commands.recv(16):
-                    return
-                _drain(sniffer, seen)
-                commands.send(pickle.dumps(seen[:8000]))
-                seen.clear()
-                continue
-            sock = sockets[number]
-            if number in listeners:
+            self.listeners.add(sock.fileno())
+        self.watch(sock)
+
+    def watch(self, sock: socket.socket) -> None:
+        sock.setblocking(False)
+        self.sockets[sock.fileno()] = sock
+        self.poll.register(sock, select.EPOLLIN)
+
+    def serve(self) -> None:
+        while True:
+            for number, _ in self.poll.poll(0.02 if self.feeds else -1):
+                if number == self.commands.fileno():
+                    if not self.commands.recv(16):
+                        return
+                    _drain(self.sniffer, self.seen)
+                    self.commands.send(pickle.dumps(self.seen[:8000]))
+                    self.seen.clear()
+                    continue
                 with contextlib.suppress(OSError):
-                    watch(sock.accept()[0])
-            elif sock.type == socket.SOCK_DGRAM:
+                    self.answer(self.sockets[number])
+            for sock in self.feeds.values():
                 with contextlib.suppress(OSError):
-                    data, ancillary, _, peer = sock.recvmsg(2048, 256)
-                    sock.sendmsg([data], ancillary, 0, peer)
-            else:
-                try:
-                    data = sock.recv(65536)
-                except OSError:
-                    data = b""
-                if data == b"hold":
-                    feeds[number] = sock
-                if data:
-                    with contextlib.suppress(OSError):
-                        sock.send(data)
-                else:
-                    poll.unregister(number)
-                    feeds.pop(number, None)
-                    sockets.pop(number).close()
-        for sock in feeds.values():
+                    sock.send(b".")
+
+    def answer(self, sock: socket.socket) -> None:
+        if sock.fileno() in self.listeners:
+            self.watch(sock.accept()[0])
+        elif sock.type == socket.SOCK_DGRAM:
+            data, ancillary, _, peer = sock.recvmsg(2048, 256)
+            sock.sendmsg([data], ancillary, 0, peer)
+        else:
+            data = b""
             with contextlib.suppress(OSError):
-                sock.send(b".")
+                data = sock.recv(65536)
+            if data == b"hold":
+                self.feeds[sock.fileno()] = sock
+            if data:
+                sock.send(data)
+                return
+            self.poll.unregister(sock)
+            self.feeds.pop(sock.fileno(), None)
+            self.sockets.pop(sock.fileno()).close()
 
 
 def _drain(sniffer: socket.socket, seen: list[tuple[str, int]]) -> None:

@@ -49,12 +49,10 @@ def test_a_rule_twice_is_seen():
 
 def test_sets_are_counted_and_the_first_few_shown():
     many = frozenset(element(f"198.51.100.{index}/32") for index in range(7))
-    lines = difference(WHOLE, changed(sets={"initd4-static": many}))
-    assert lines == (
-        "set initd4-static: 2 missing: 192.0.2.0/24 tcp/443, 203.0.113.0/24 tcp/443",
-        "set initd4-static: 7 unexpected: 198.51.100.0/32 tcp/443, 198.51.100.1/32 tcp/443, 198.51.100.2/32 tcp/443, "
-        "198.51.100.3/32 tcp/443, 198.51.100.4/32 tcp/443 and 2 more",
-    )
+    absent, extra = difference(WHOLE, changed(sets={"initd4-static": many}))
+    assert absent == "set initd4-static: 2 missing: 192.0.2.0/24 tcp/443, 203.0.113.0/24 tcp/443"
+    assert extra.startswith("set initd4-static: 7 unexpected: 198.51.100.0/32 tcp/443, 198.51.100.1/32 tcp/443, ")
+    assert extra.endswith(", 198.51.100.4/32 tcp/443 and 2 more")
     assert difference(WHOLE, changed(sets={})) == ("set initd4-static: missing",)
     assert difference(changed(sets={}), WHOLE) == ("set initd4-static: unexpected, 2 elements",)
 
