@@ -46,6 +46,7 @@ def start(argv: list[str], *, mask: Iterable[int], home: dict[str, str]) -> int:
         environ = {**os.environ, **home}
         if environ.get("LISTEN_PID") == str(os.getppid()):  # sd_listen_fds(3) compares it with getpid()
             environ["LISTEN_PID"] = str(os.getpid())
+        os.setresgid(-1, -1, os.getgid())  # PID 1's saved GID is its own affair
         drop.raise_oom_score()
         _take_terminal()
         reap.restore_signals(mask)

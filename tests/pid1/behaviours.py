@@ -5,7 +5,6 @@ The docstring's first line is the row's text in docs/init.md.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import pty
 import signal
@@ -127,35 +126,25 @@ def caller_mask(make):
     assert int(box.stdout.split()[1], 16) == 1 << (signal.SIGUSR1 - 1)
 
 
-def _terminal(make, *command):
+def terminal(make, *command, controlling=True):
+    """A box on a terminal, PID 1 leading its session as an engine arranges it. Returns the box and our side."""
     master, slave = pty.openpty()
     box = make(stdin=slave, stdout=slave, start_new_session=True)
-    box.start(*command)
+    box.start(*command, prefix=["setsid", "--ctty"] if controlling else [])
     os.close(slave)
-    os.set_blocking(master, False)
-    seen = bytearray()
-
-    def shows(text):
-        def look():
-            with contextlib.suppress(OSError):
-                seen.extend(os.read(master, 65536))
-            return text in seen
-
-        return eventually(look, seconds=5)
-
-    return box, master, shows
+    return box, master
 
 
 def job_control(make):
     """interactive bash on a terminal has job control (`m` in $-)"""
-    box, master, _ = _terminal(make, "bash", "--norc", "-i")
+    box, master = terminal(make, "bash", "--norc", "-i")
     os.write(master, b"case $- in *m*) exit 5;; *) exit 6;; esac\n")
     assert box.wait() == 5
 
 
 def ctrl_c(make):
     """Ctrl-C on the terminal ends the foreground command with 130"""
-    box, master, _ = _terminal(make, "sleep", "100")
+    box, master = terminal(make, "sleep", "100")
     time.sleep(0.2)
     os.write(master, b"\x03")
     assert box.wait(3) == 130
@@ -163,7 +152,7 @@ def ctrl_c(make):
 
 def ctrl_z(make):
     """Ctrl-Z on the terminal does not freeze a box without a shell"""
-    box, master, _ = _terminal(make, "sh", "-c", "sleep 0.6; exit 9")
+    box, master = terminal(make, "sh", "-c", "sleep 0.6; exit 9")
     time.sleep(0.2)
     os.write(master, b"\x1a")
     assert box.wait(3) == 9

@@ -95,6 +95,7 @@ class Outer:
             assert eventually(self.is_ready, seconds=10), self.stderr
         elif wait:
             assert eventually(lambda: children(self.pid)), self.stderr
+            time.sleep(0.3)  # they do not say when they are ready
         return self
 
     def events(self, name: str) -> list[dict]:

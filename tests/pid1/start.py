@@ -5,12 +5,12 @@ The product has no switch for this: the keeper's `run` takes the warden's argv a
 
 from __future__ import annotations
 
+import os
 import sys
-from pathlib import Path
 
 from initd import __main__ as entry
 
-HERE = Path(__file__).resolve()
+HERE = os.path.realpath(__file__)  # no pathlib: this process's memory is measured
 
 
 def main() -> int:
@@ -21,13 +21,13 @@ def main() -> int:
 
         drop.set_name("initd-keeper")
         try:
-            return keeper.run([sys.executable, "-I", str(HERE.parent / "warden.py"), *mode.split()])
+            return keeper.run([sys.executable, "-I", os.path.join(os.path.dirname(HERE), "warden.py"), *mode.split()])
         except InitdError as error:
             sys.stderr.write(f"initd: {error}\n")
             return error.code
     from initd import init
 
-    init.KEEPER = [sys.executable, "-I", str(HERE), "keeper", mode]
+    init.KEEPER = [sys.executable, "-I", HERE, "keeper", mode]
     sys.argv[1:3] = []
     return entry.main()
 

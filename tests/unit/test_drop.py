@@ -1,0 +1,162 @@
+"""The drop, done for real in forked children of root, and attacked; each attack also against a drop that leaks."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from initd import drop
+from initd.errors import EnforcementError, PrivilegeError
+
+pytestmark = pytest.mark.kernel
+UID = 501
+
+
+def in_child(action):
+    """What `action()` returns, as JSON, from a forked child whose privilege is its own to lose."""
+    ours, theirs = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            answer = action()
+        except Exception as error:
+            answer = [type(error).__name__, str(error)]
+        os.write(theirs, json.dumps(answer).encode())
+        os._exit(0)
+    os.close(theirs)
+    with open(ours, "rb") as file:
+        answer = json.loads(file.read())
+    os.waitpid(pid, 0)
+    return answer
+
+
+def state():
+    with open("/proc/thread-self/status") as file:
+        lines = dict(line.rstrip("\n").split(":\t", 1) for line in file if ":\t" in line)
+    keys = ("Uid", "Gid", "Groups", "NoNewPrivs", "CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")
+    return {key: lines[key].split() for key in keys}
+
+
+def test_drop_to_ends_with_nothing():
+    def action():
+        drop.drop_to(UID, UID)
+        return state()
+
+    got = in_child(action)
+    assert got["Uid"] == got["Gid"] == [str(UID)] * 4
+    assert got["Groups"] == []
+    assert got["NoNewPrivs"] == ["1"]
+    assert {key: got[key] for key in got if key.startswith("Cap")} == {
+        f"Cap{kind}": ["0" * 16] for kind in ("Inh", "Prm", "Eff", "Bnd", "Amb")
+    }
+
+
+def test_attack_finds_nothing_after_the_whole_drop():
+    def action():
+        drop.drop_to(UID, UID)
+        drop.attack(os.getppid())
+        return "held"
+
+    assert in_child(action) == "held"
+
+
+def leak_saved_uid():
+    os.setgroups([])
+    os.setresgid(UID, UID, UID)
+    os.setresuid(UID, UID, 0)
+
+
+def leak_capability():
+    drop.prctl(drop.PR_SET_KEEPCAPS, 1)
+    os.setgroups([])
+    os.setresgid(UID, UID, UID)
+    os.setresuid(UID, UID, UID)
+    drop.capset({drop.CAP_NET_RAW}, effective={drop.CAP_NET_RAW}, inheritable=())
+
+
+def leak_bounding_set():
+    os.setgroups([])
+    os.setresgid(UID, UID, UID)
+    os.setresuid(UID, UID, UID)
+
+
+def leak_group():
+    drop.capset({drop.CAP_SETGID}, effective={drop.CAP_SETGID}, inheritable=())
+
+
+@pytest.mark.parametrize(
+    ("leak", "names"),
+    [
+        (leak_saved_uid, "setreuid 0"),
+        (leak_capability, "raw socket"),
+        (leak_bounding_set, "bounding 12"),
+        (leak_group, "setgroups"),
+    ],
+)
+def test_attack_names_what_a_leaking_drop_left(leak, names):
+    def action():
+        leak()
+        drop.attack()
+        return "held"
+
+    kind, text = in_child(action)
+    assert kind == EnforcementError.__name__
+    assert names in text
+
+
+def test_become_warden_has_exactly_two():
+    def action():
+        drop.become_warden(1, 1)
+        socket.socket(socket.AF_INET, socket.SOCK_RAW, socket.IPPROTO_ICMP).close()
+        return state()
+
+    got = in_child(action)
+    two = f"{1 << 12 | 1 << 13:016x}"
+    assert [got[f"Cap{kind}"] for kind in ("Inh", "Prm", "Eff", "Bnd", "Amb")] == [[two]] * 5
+    assert got["Uid"] == ["1"] * 4
+    assert got["NoNewPrivs"] == ["1"]
+
+
+def test_missing_setpcap_is_said_with_a_hint():
+    def action():
+        all_but = drop.held() - {drop.CAP_SETPCAP}
+        drop.capset(all_but, effective=all_but, inheritable=())
+        drop.drop_to(UID, UID)
+
+    kind, text = in_child(action)
+    assert kind == PrivilegeError.__name__
+    assert text == "missing capability SETPCAP\nhint: cap_add: [SETPCAP] in compose.yaml, or --cap-add"
+
+
+def test_writing_as_the_owner_of_a_folder(tmp_path):
+    folder = tmp_path / "owned"
+    folder.mkdir(mode=0o755)
+    os.chown(folder, 1, 1)
+    os.chmod(tmp_path, 0o755)
+    for parent in list(tmp_path.parents)[:3]:
+        os.chmod(parent, 0o755)
+
+    def action():
+        drop.become_keeper()  # no DAC_OVERRIDE
+        try:
+            (folder / "as_root").touch()
+        except PermissionError:
+            with drop.as_owner(str(folder)):
+                (folder / "as_owner").touch()
+        return [os.geteuid(), sorted(os.listdir(folder))]
+
+    assert in_child(action) == [0, ["as_owner"]]
+
+
+def test_ctypes_is_cheap_enough_for_pid_1():
+    code = "import time; t=time.perf_counter(); import ctypes; print(time.perf_counter()-t)"
+    took = min(
+        float(subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, check=True).stdout)
+        for _ in range(5)
+    )
+    assert took < 0.02
