@@ -156,7 +156,7 @@ STEPS = st.one_of(
 @given(
     st.fixed_dictionaries(dict.fromkeys("abc", SERVICES)), st.lists(st.tuples(st.integers(0, 40), STEPS), max_size=30)
 )
-def test_the_kernel_holds_what_some_lease_needs_and_nothing_else(table, steps):
+def test_the_kernel_holds_what_some_lease_needs_and_nothing_else(table, steps):  # noqa: C901 - one model, one loop
     leases, kernel, now = Leases(Terms(cap=3)), {}, 0.0
     for wait, step in steps:
         now += wait

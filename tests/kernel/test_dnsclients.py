@@ -1,0 +1,161 @@
+"""Real resolvers as clients of the guard: glibc, musl, Node's getaddrinfo and c-ares, each with search and ndots:5."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from tests.support.box import Box
+from tests.support.lab import Lab
+from tests.support.remote import RESOLVER4
+from tests.support.zone import Entry
+
+pytestmark = pytest.mark.kernel
+
+POLICY = "".join(f"{name}.example\n" for name in ("site", "v4", "v6", "chain", "many"))
+ZONE = [
+    Entry("chain.example", {"CNAME": ("one.cdn.invalid",)}),
+    Entry("one.cdn.invalid", {"A": ("203.0.113.91",), "AAAA": ("2001:db8:2::91",)}),
+    Entry("many.example", {"A": tuple(f"192.0.2.{n}" for n in range(1, 241, 2))}),
+]
+EXPECTED = {
+    "site.example": {"203.0.113.10", "2001:db8:2::10"},
+    "v4.example": {"203.0.113.11"},
+    "v6.example": {"2001:db8:2::11"},
+    "chain.example": {"203.0.113.91", "2001:db8:2::91"},
+    "many.example": {f"192.0.2.{n}" for n in range(1, 241, 2)},
+}
+ENTIRE = {"getent", "python", "node-cares"}
+"""Clients that take an answer over TCP, so they see all 120 records; musl before 1.2.4 takes what fits in 512 bytes."""
+
+MUSL = r"""
+#include <stdio.h>
+#include <netdb.h>
+#include <time.h>
+#include <arpa/inet.h>
+int main(int n, char **v) {
+    struct addrinfo hints = { .ai_socktype = SOCK_STREAM }, *found, *one;
+    struct timespec a, b;
+    char text[64];
+    clock_gettime(CLOCK_MONOTONIC, &a);
+    int error = getaddrinfo(v[1], "443", &hints, &found);
+    clock_gettime(CLOCK_MONOTONIC, &b);
+    printf("%.6f\n", b.tv_sec - a.tv_sec + (b.tv_nsec - a.tv_nsec) / 1e9);
+    if (error) return 2;
+    for (one = found; one; one = one->ai_next) {
+        void *address = one->ai_family == AF_INET ? (void *)&((struct sockaddr_in *)one->ai_addr)->sin_addr
+                                                  : (void *)&((struct sockaddr_in6 *)one->ai_addr)->sin6_addr;
+        puts(inet_ntop(one->ai_family, address, text, sizeof text));
+    }
+    return 0;
+}
+"""
+PYTHON = """
+import socket, sys, time
+begin = time.monotonic()
+try:
+    found = {entry[4][0] for entry in socket.getaddrinfo(sys.argv[1], 443, type=socket.SOCK_STREAM)}
+    code = 0
+except socket.gaierror:
+    found, code = set(), 2
+print(time.monotonic() - begin, *found, sep="\\n")
+sys.exit(code)
+"""
+NODE = """
+const dns = require("dns"), name = process.argv[1], how = process.argv[2];
+const begin = process.hrtime.bigint();
+const done = found => {
+    console.log([Number(process.hrtime.bigint() - begin) / 1e9, ...found].join("\\n"));
+    process.exitCode = found.length ? 0 : 2;
+};
+if (how == "lookup") dns.lookup(name, { all: true }, (error, all) => done(error ? [] : all.map(one => one.address)));
+else Promise.allSettled([dns.promises.resolve4(name), dns.promises.resolve6(name)])
+    .then(both => done(both.flatMap(one => one.value || [])));
+"""
+
+
+@pytest.fixture(scope="module")
+def box(module_lab: Lab) -> Iterator[Box]:
+    module_lab.reset()
+    module_lab.dns.load(ZONE)
+    text = f"nameserver {RESOLVER4}\nsearch corp.example lan.example\noptions ndots:5\n"
+    box = module_lab.box(policy=POLICY, resolv_conf=text)
+    box.start()
+    source = box.workspace / "musl.c"
+    source.write_text(MUSL)
+    subprocess.run(["musl-gcc", "-O1", "-static", "-o", str(box.workspace / "musl"), str(source)], check=True)
+    yield box
+    box.close()
+
+
+def command(client: str, name: str) -> list[str]:
+    node = shutil.which("node", path="/usr/local/bin:/usr/bin:/bin") or "node"
+    return {
+        "getent": ["getent", "ahosts", name],
+        "python": ["/usr/bin/python3", "-S", "-c", PYTHON, name],
+        "musl": ["/workspace/musl", name],
+        "node-lookup": [node, "-e", NODE, name, "lookup"],
+        "node-cares": [node, "-e", NODE, name, "resolve"],
+    }[client]
+
+
+def resolved(box: Box, client: str, name: str) -> tuple[int, set[str], float]:
+    """Exit code, addresses, and seconds that resolving took (without starting the client, where it can tell)."""
+    begin = time.monotonic()
+    done = box.exec(command(client, name))
+    took = time.monotonic() - begin
+    lines = done.stdout.split("\n")
+    if client == "getent":
+        return done.returncode, {line.split()[0] for line in lines if line}, took
+    assert lines[0], done.stderr
+    return done.returncode, {line for line in lines[1:] if line}, float(lines[0])
+
+
+CLIENTS = ["getent", "python", "musl", "node-lookup", "node-cares"]
+
+
+@pytest.mark.parametrize("client", CLIENTS)
+class TestClient:
+    @pytest.mark.parametrize("name", EXPECTED)
+    def test_it_resolves_what_is_listed(self, box, client, name):
+        code, found, _ = resolved(box, client, name)
+        assert code == 0
+        if name == "many.example" and client not in ENTIRE:
+            assert found <= EXPECTED[name]
+            assert len(found) >= 20
+        else:
+            assert found == EXPECTED[name]
+
+    def test_it_fails_at_once_for_what_is_not(self, box, client):
+        module = [resolved(box, client, "evil.example") for _ in range(3)]
+        assert all(code != 0 and not found for code, found, _ in module)
+        fastest = min(seconds for _, _, seconds in module)
+        # getent cannot tell how long it took by itself: starting it in the box is in the figure.
+        assert fastest < (0.2 if client == "getent" else 0.02), module
+
+    def test_a_search_domain_makes_no_difference(self, box, client):
+        code, found, _ = resolved(box, client, "site")
+        assert code != 0
+        assert not found
+
+
+def test_curl_connects_by_name(box: Box):
+    done = box.exec(
+        ["curl", "-sS", "-o", "/dev/null", "-w", "%{http_code} %{time_namelookup}", "https://chain.example/"]
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("200")
+    refused = box.exec(["curl", "-sS", "https://evil.example/"])
+    assert refused.returncode == 6  # could not resolve
+
+
+def test_nothing_unlisted_was_asked_by_any_of_them(box: Box, module_lab: Lab):
+    asked = {query.name for query in module_lab.dns.queries()}
+    assert asked
+    assert not {name for name in asked if name.endswith(("corp.example", "lan.example", "evil.example"))}, asked
+    assert json.dumps(sorted(asked))
