@@ -6,6 +6,7 @@ lab's CA, a quicker health check, and whatever the test is about.
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import pty
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 from tests.support.engine import Engine, EngineError, client
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
 POLICY = ".aidevcontainer/allowed-domains.txt"
 BUNDLE = "/etc/ssl/certs/ca-certificates.crt"
@@ -63,6 +64,13 @@ class Project:
         path.parent.mkdir(exist_ok=True)
         path.write_text(text)
 
+    def change(self, edit: Callable[[dict[str, Any]], object]) -> None:
+        """Edit the service in the whole, merged configuration: an override can add to lists, but not take away."""
+        config = json.loads(self.compose("config", "--format", "json").stdout)
+        edit(config["services"][self.service])
+        self._override.write_text(json.dumps(config))
+        self.files = ()
+
     def argv(self, *words: str) -> list[str]:
         files = [word for path in (*self.files, self._override) for word in ("-f", str(path))]
         return [client(), "compose", "-p", self.name, *files, *words]
@@ -100,6 +108,12 @@ class Project:
         done = self.exec(*command, **more)
         assert done.returncode == 0, f"{command}: exit {done.returncode}\n{done.stdout}{done.stderr}\n{self.logs()}"
         return done.stdout
+
+    def of(self, service: str) -> Project:
+        """The same project, with another service to exec into."""
+        other = copy.copy(self)
+        other.service = service
+        return other
 
     def terminal(self, *command: str) -> Terminal:
         """`exec SERVICE COMMAND` on a pseudo-terminal, as in a person's shell."""
