@@ -442,6 +442,14 @@ def test_quickstart_example_parses():
     assert HTTPS in lookup.decide("api.anthropic.com").services
 
 
+def test_dump_keeps_the_ports_of_a_preset_apart():
+    """Four ports after one `@github` would open SSH on names that have 443 and 8443 alone."""
+    policy = parse("@github\n@github:8443")
+    again = parse(language.dump(policy))
+    assert_same(again, policy)
+    assert Service("tcp", 22) not in again.lookup().decide("raw.githubusercontent.com").services
+
+
 def test_networks_are_exact():
     (rule,) = parse("[2001:DB8:0::/32]:443/udp").ranges
     assert (rule.network, rule.services) == (ip_network("2001:db8::/32"), {Service("udp", 443)})
