@@ -63,7 +63,7 @@ class GithubFeed:
             async with asyncio.timeout(self._timeout):
                 addresses = await self._live.parts.guard.resolve(github.HOST)
                 raw = await asyncio.to_thread(github.fetch_meta, addresses, timeout=self._timeout)
-                ranges = github.parse_meta(raw)
+                ranges = github.parse_meta(raw, report=self._skipped)
         except (OSError, InitdError, TimeoutError) as error:
             log.warning("feed.failed", feed="github", reason=str(error) or "no answer in time")
             return False
@@ -73,6 +73,9 @@ class GithubFeed:
             log.warning("feed.unsaved", feed="github", reason=str(error))
         await self._put(ranges)
         return True
+
+    def _skipped(self, reason: str) -> None:
+        self._live.parts.log.warning("feed.skipped", feed="github", reason=reason)
 
     async def _put(self, ranges: tuple[IPNetwork, ...]) -> None:
         if ranges == self._live.feeds.get(Feed.GITHUB):

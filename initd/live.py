@@ -122,8 +122,7 @@ class Live:
         started = time.monotonic()
         async with self._changing:
             old, policy = self.in_force.policy, loaded.policy
-            wider = widens(old, policy)
-            if wider and not may_widen:
+            if wider := () if may_widen else widens(old, policy):
                 raise PrivilegeError(
                     f"this session may write the policy file, so it may only narrow the policy; new: {wider[0]}",
                     hint="ask a person to run `docker compose exec claude fwctl reload` from the host",
