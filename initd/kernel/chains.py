@@ -97,6 +97,7 @@ def chains(version: int, ruleset: Ruleset) -> Chains:
         *(_reject(4, destination=ENGINE_DNS) if version == 4 else ()),
         Rule("ACCEPT", outside="lo"),
         *_tracked(version),
+        _RESET,
         Rule("ACCEPT", matches=(_in_set(version, "private"),)),
         *_reject(version, matches=(_in_set(version, "special"), _in_set(version, "learned", negated=True))),
         Rule("ACCEPT", matches=(_in_set(version, "learned"),)),
@@ -120,6 +121,14 @@ _LOG = Rule(
     (("nflog-prefix", (NFLOG_PREFIX,)), ("nflog-group", (str(NFLOG_GROUP),))),
     matches=(("limit", (("limit", ("10/sec",)),)),),
 )
+
+
+_RESET = Rule(
+    "ACCEPT",
+    proto="tcp",
+    matches=(("tcp", (("tcp-flags", ("RST", "RST")),)), ("conntrack", (("ctstate", ("RELATED",)),))),
+)
+"""The reset with which INPUT refuses, which nf_send_reset() ties to the refused connection (nf_ct_attach)."""
 
 
 def _discovery(version: int) -> tuple[Rule, ...]:

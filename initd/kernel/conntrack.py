@@ -58,7 +58,7 @@ class Cut:
 
 def flows() -> list[Flow]:
     """Every tracked TCP and UDP flow of this namespace, both families. Raises KernelError."""
-    with _netlink(NETFILTER) as link:
+    with Netlink(NETFILTER) as link:
         try:
             return [flow for payload in link.dump(_GET, b"\0\0\0\0") if (flow := _flow(payload)) is not None]
         except NetlinkRefusal as refusal:
@@ -79,7 +79,7 @@ def cut(chosen: Iterable[Flow]) -> Cut:
     """End these flows; one that has ended by itself is left out of the answer. Raises KernelError."""
     gone: list[Flow] = []
     sockets, destroys = 0, True
-    with _netlink(NETFILTER) as tracker, _netlink(SOCK_DIAG) as diag:
+    with Netlink(NETFILTER) as tracker, Netlink(SOCK_DIAG) as diag:
         for flow in chosen:
             ended = False
             # The socket first: its reset still counts as established and tells the far end.
@@ -166,13 +166,6 @@ def _tuple(payload: bytes, start: int, end: int) -> tuple[int, list[int], list[I
             elif kind == 2 and inner in {2, 3}:  # CTA_PROTO_SRC_PORT, CTA_PROTO_DST_PORT
                 ports[inner - 2] = int.from_bytes(payload[at:stop], "big")
     return proto, ports, addresses
-
-
-def _netlink(protocol: int) -> Netlink:
-    try:
-        return Netlink(protocol)
-    except OSError as error:
-        raise KernelError(f"conntrack: no netlink socket: {error.strerror}") from error
 
 
 def _trouble(refusal: NetlinkRefusal, doing: str) -> KernelError | PrivilegeError:

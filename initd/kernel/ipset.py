@@ -112,6 +112,8 @@ class SetWriter:
             self._sets = IPSet()
         except NetlinkError as error:
             raise trouble(error.code, "opening") from error
+        except OSError as error:
+            raise KernelError(f"ipset: no netlink socket: {error.strerror or error}") from error
         try:
             self._raw = Netlink(NETFILTER)
         except BaseException:
@@ -220,9 +222,9 @@ class Learner:
         try:
             for version, elements in packed.items():
                 send(self._socket, verb, self._specs[version], elements)
-        except OSError as error:
-            self.close()
-            raise KernelError(f"ipset: netlink: {error.strerror or error}") from error
+        except KernelError:
+            self.close()  # an answer that comes late must not be taken for that of the next request
+            raise
 
 
 def send(link: Netlink, verb: int, spec: SetSpec, packed: list[bytes]) -> None:

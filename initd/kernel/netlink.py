@@ -10,6 +10,8 @@ import struct
 from itertools import count
 from typing import TYPE_CHECKING, Self
 
+from initd.errors import KernelError
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -52,11 +54,14 @@ def attributes(data: bytes, start: int = 0, end: int | None = None) -> Iterator[
 
 
 class Netlink:
-    """A netlink socket of one protocol, for one thread. Raises OSError when it cannot be opened."""
+    """A netlink socket of one protocol, for one thread. Raises KernelError when the socket itself fails."""
 
     def __init__(self, protocol: int) -> None:
-        self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
-        self._socket.bind((0, 0))
+        try:
+            self._socket = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, protocol)
+            self._socket.bind((0, 0))
+        except OSError as error:
+            raise KernelError(f"netlink: no socket of protocol {protocol}: {error.strerror}") from error
         self._socket.settimeout(10.0)  # the kernel answers inside send(); silence is a lost datagram
         self._sequence = count(1)
 
@@ -74,7 +79,7 @@ class Netlink:
         """Send one message and return when the kernel has acknowledged it, or raise NetlinkRefusal."""
         sequence = self._send(kind, REQUEST | ACK | flags, body)
         while True:
-            data = self._socket.recv(_RECEIVE)
+            data = self._receive()
             _, reply, _, number, _ = _HEADER.unpack_from(data)
             if number == sequence and reply == _ERROR:
                 (code,) = struct.unpack_from("=i", data, 16)
@@ -86,7 +91,7 @@ class Netlink:
         """Payloads of a multi-part answer, in order. Raises NetlinkRefusal for an error at either end of it."""
         sequence = self._send(kind, REQUEST | DUMP, body)
         while True:
-            data = self._socket.recv(_RECEIVE)
+            data = self._receive()
             position = 0
             while position < len(data):
                 length, reply, _, number, _ = _HEADER.unpack_from(data, position)
@@ -101,5 +106,14 @@ class Netlink:
 
     def _send(self, kind: int, flags: int, body: bytes) -> int:
         sequence = next(self._sequence)
-        self._socket.send(_HEADER.pack(16 + len(body), kind, flags, sequence, 0) + body)
+        try:
+            self._socket.send(_HEADER.pack(16 + len(body), kind, flags, sequence, 0) + body)
+        except OSError as error:
+            raise KernelError(f"netlink: not sent: {error.strerror or error}") from error
         return sequence
+
+    def _receive(self) -> bytes:
+        try:
+            return self._socket.recv(_RECEIVE)
+        except OSError as error:
+            raise KernelError(f"netlink: no answer: {error.strerror or error}") from error
