@@ -62,6 +62,7 @@ def _internal(argv: list[str]) -> int:
     elif argv[0] == "warden":
         from initd import warden as part  # type: ignore[no-redef]  # noqa: PLC0415
     else:
+        drop.prctl(drop.PR_SET_DUMPABLE, 0)  # a session of the same user must not write the probe's answers
         from initd import probe as part  # type: ignore[no-redef]  # noqa: PLC0415
     return int(part.main())
 

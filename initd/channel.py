@@ -66,7 +66,7 @@ class Channel:
                 break
             try:
                 message = json.loads(data)
-            except ValueError:
+            except (ValueError, RecursionError):  # the deeper one from a peer that means harm
                 continue
             if isinstance(message, dict) and isinstance(message.get("event"), str):
                 messages.append(message)

@@ -75,7 +75,7 @@ class Errand:
             return {"event": "probe", "id": self.number, "code": code, "result": {"error": "too much output"}}
         try:
             result = json.loads(bytes(self.output))
-        except ValueError:
+        except (ValueError, RecursionError):
             result = None
         if not isinstance(result, dict):
             late = time.monotonic() > self.deadline

@@ -15,7 +15,7 @@ import time
 from initd import drop, errands, prepare, reap, sockets
 from initd import settings as configuration
 from initd.channel import Channel
-from initd.errors import EnforcementError
+from initd.errors import EnforcementError, PrivilegeError
 from initd.journal import say
 
 TYPE_CHECKING = False
@@ -40,7 +40,10 @@ def main() -> int:
 def run(warden: Sequence[str]) -> int:
     """Keep `warden` (an argv) running until told to stop; the exit code that PID 1 is to see."""
     signals = reap.SignalQueue()
-    parent = Channel.inherited(int(os.environ.pop("INITD_PARENT_FD")))
+    try:
+        parent = Channel.inherited(int(os.environ.pop("INITD_PARENT_FD")))
+    except (KeyError, ValueError, OSError):
+        raise PrivilegeError("the keeper is started by initd only", hint="run `initd`, see `initd --help`") from None
     drop.need(drop.KEEPER)  # before anything else: without NET_ADMIN there is no box
     settings = configuration.load(os.environ)
     account = prepare.warden_account(settings)
