@@ -186,7 +186,7 @@ def scan_answer(data: bytes, asked: bytes, *, longest_chain: int = 16) -> Answer
     """
     if len(data) < 12 or data[:2] != asked[:2]:
         return None
-    _, flags, questions, answers, authorities, _ = _HEADER.unpack_from(data)
+    _, flags, questions, *counts = _HEADER.unpack_from(data)
     if not flags & _QR or flags & _OPCODE:
         return None
     rcode, truncated = flags & 0xF, bool(flags & _TC)
@@ -199,7 +199,7 @@ def scan_answer(data: bytes, asked: bytes, *, longest_chain: int = 16) -> Answer
         return Answer(rcode, truncated, (), (), 0, 0)
     name, qtype = asked[12 : end - 4].lower(), int.from_bytes(asked[end - 4 : end - 2])
     try:
-        return _scan_sections(data, end, (answers, authorities), (name, qtype, longest_chain, rcode))
+        return _scan_sections(data, end, counts, (name, qtype, longest_chain, rcode))
     except (IndexError, struct.error):
         raise Malformed("ends early") from None
 
@@ -210,9 +210,7 @@ def echoes(data: bytes, asked: bytes) -> bool:
     return data[:2] == asked[:2] and data[12:end] != asked[12:end] and data[12:end].lower() == asked[12:end].lower()
 
 
-def _scan_sections(
-    data: bytes, position: int, counts: tuple[int, int], question: tuple[bytes, int, int, int]
-) -> Answer:
+def _scan_sections(data: bytes, position: int, counts: list[int], question: tuple[bytes, int, int, int]) -> Answer:
     name, qtype, longest_chain, rcode = question
     width = 4 if qtype == TYPE_A else 16
     aliases: dict[bytes, tuple[bytes, int]] = {}
@@ -247,7 +245,8 @@ def _scan_sections(
         if len(chain) > longest_chain:
             raise Malformed("alias chain too long, or a loop")
     found = hosts.get(owner, {})
-    least = min(least, *found.values()) if found else min(least, _negative_ttl(data, position, counts[1]))
+    negative = _scan_rest(data, position, counts[1], counts[2])
+    least = min(least, *found.values()) if found else min(least, negative)
     return Answer(rcode, False, tuple(chain), tuple(found), least, total - len(found))
 
 
@@ -255,17 +254,18 @@ def _ttl(value: int) -> int:
     return 0 if value & 0x8000_0000 else min(value, MAX_TTL)  # RFC 2181, 8
 
 
-def _negative_ttl(data: bytes, position: int, count: int) -> int:
-    """The lesser of the SOA's TTL and its last field (RFC 2308, 5); 0 without an SOA."""
-    for _ in range(count):
+def _scan_rest(data: bytes, position: int, authorities: int, additional: int) -> int:
+    """The lesser of the first SOA's TTL and last field (RFC 2308, 5), 0 without one; Malformed when it ends early."""
+    least = -1
+    for index in range(authorities + additional):
         position = skip_name(data, position)
         rtype, rclass, ttl, length = _RECORD.unpack_from(data, position)
         position += 10 + length
         if position > len(data):
             raise Malformed("record ends early")
-        if rtype == TYPE_SOA and rclass == CLASS_IN and length >= 22:
-            return min(_ttl(ttl), _ttl(int.from_bytes(data[position - 4 : position])))
-    return 0
+        if index < authorities and least < 0 and rtype == TYPE_SOA and rclass == CLASS_IN and length >= 22:
+            least = min(_ttl(ttl), _ttl(int.from_bytes(data[position - 4 : position])))
+    return max(least, 0)
 
 
 def build_query(ident: int, name: bytes, qtype: int, *, edns: bool) -> bytes:

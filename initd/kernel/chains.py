@@ -96,6 +96,7 @@ def chains(version: int, ruleset: Ruleset) -> Chains:
         *(_owned(0, proto=proto, port=53) for proto in ("udp", "tcp") if ruleset.engine_dns),
         *(_reject(4, destination=ENGINE_DNS) if version == 4 else ()),
         Rule("ACCEPT", outside="lo"),
+        _no_riding(version),
         *_tracked(version),
         _RESET,
         Rule("ACCEPT", matches=(_in_set(version, "private"),)),
@@ -170,6 +171,18 @@ def _tracked(version: int) -> tuple[Rule, Rule]:
         Rule("ACCEPT", matches=(("conntrack", (("ctstate", ("ESTABLISHED",)),)),)),
         Rule("ACCEPT", proto=icmp, matches=(("conntrack", (("ctstate", ("RELATED",)),)),)),
     )
+
+
+def _no_riding(version: int) -> Rule:
+    """UDP to port 53 is judged packet by packet.
+
+    Connection tracking knows a UDP flow by its addresses and ports alone, for 30 s after its last packet: whoever takes
+    the source port of a question that the warden, or Docker's resolver, has just asked would count as established.
+    """
+    listed = tuple(_in_set(version, kind, negated=True) for kind in ("private", "learned", "static"))
+    prohibited = "icmp-admin-prohibited" if version == 4 else "icmp6-adm-prohibited"
+    matches = (("udp", (("dport", ("53",)),)), *listed)
+    return Rule("REJECT", (("reject-with", (prohibited,)),), proto="udp", matches=matches)
 
 
 def _in_set(version: int, kind: str, *, negated: bool = False) -> tuple[str, Options]:

@@ -29,6 +29,10 @@ ENGINE_DNS = "127.0.0.11"
 _FAMILIES = ((4, "ip"), (6, "ip6"))
 _NEIGHBOUR = "icmpv6 type { nd-neighbor-advert, nd-neighbor-solicit, nd-router-advert, nd-router-solicit } accept"
 _ESTABLISHED = ("ct state established accept", "ct state related meta l4proto { 1, 58 } accept")
+_NO_RIDING = ("ct state established udp dport != 53 accept", "ct state established meta l4proto != 17 accept")
+"""UDP to port 53 is judged packet by packet. Connection tracking knows a UDP flow by its addresses and ports alone, for
+30 s after its last packet: whoever takes the source port of a question that the warden, or Docker's resolver, has just
+asked would count as established."""
 _RESET = "ct state related tcp flags rst accept"
 """The reset with which INPUT refuses: nf_send_reset() ties it to the connection that never came to be (nf_ct_attach).
 Nothing else of TCP is related where no conntrack helper is assigned, and that takes NET_ADMIN."""
@@ -110,7 +114,8 @@ def _output(ruleset: Ruleset) -> Iterator[str]:
         yield "meta skuid 0 meta l4proto { 6, 17 } th dport 53 accept"
     yield f'ip daddr {ENGINE_DNS} counter name "dns" goto refuse'
     yield 'oifname "lo" accept'
-    yield from _ESTABLISHED
+    yield from _NO_RIDING
+    yield _ESTABLISHED[1]
     yield _RESET
     yield from _listed("private")
     yield from _listed("learned")

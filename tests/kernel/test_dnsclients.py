@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 import time
@@ -21,17 +20,17 @@ POLICY = "".join(f"{name}.example\n" for name in ("site", "v4", "v6", "chain", "
 ZONE = [
     Entry("chain.example", {"CNAME": ("one.cdn.invalid",)}),
     Entry("one.cdn.invalid", {"A": ("203.0.113.91",), "AAAA": ("2001:db8:2::91",)}),
-    Entry("many.example", {"A": tuple(f"192.0.2.{n}" for n in range(1, 241, 2))}),
+    Entry("many.example", {"A": tuple(f"192.0.2.{n}" for n in range(2, 242, 2))}),
 ]
 EXPECTED = {
     "site.example": {"203.0.113.10", "2001:db8:2::10"},
     "v4.example": {"203.0.113.11"},
     "v6.example": {"2001:db8:2::11"},
     "chain.example": {"203.0.113.91", "2001:db8:2::91"},
-    "many.example": {f"192.0.2.{n}" for n in range(1, 241, 2)},
+    "many.example": {f"192.0.2.{n}" for n in range(2, 242, 2)},
 }
-ENTIRE = {"getent", "python", "node-cares"}
-"""Clients that take an answer over TCP, so they see all 120 records; musl before 1.2.4 takes what fits in 512 bytes."""
+ENTIRE = {"getent-edns", "getent-tcp"}
+"""Clients that come over TCP for all 120 records; the others speak no EDNS and get as many as fit in 512 bytes."""
 
 MUSL = r"""
 #include <stdio.h>
@@ -97,6 +96,8 @@ def command(client: str, name: str) -> list[str]:
     node = shutil.which("node", path="/usr/local/bin:/usr/bin:/bin") or "node"
     return {
         "getent": ["getent", "ahosts", name],
+        "getent-edns": ["env", "RES_OPTIONS=edns0", "getent", "ahosts", name],
+        "getent-tcp": ["env", "RES_OPTIONS=use-vc", "getent", "ahosts", name],
         "python": ["/usr/bin/python3", "-S", "-c", PYTHON, name],
         "musl": ["/workspace/musl", name],
         "node-lookup": [node, "-e", NODE, name, "lookup"],
@@ -110,13 +111,13 @@ def resolved(box: Box, client: str, name: str) -> tuple[int, set[str], float]:
     done = box.exec(command(client, name))
     took = time.monotonic() - begin
     lines = done.stdout.split("\n")
-    if client == "getent":
+    if client.startswith("getent"):
         return done.returncode, {line.split()[0] for line in lines if line}, took
     assert lines[0], done.stderr
     return done.returncode, {line for line in lines[1:] if line}, float(lines[0])
 
 
-CLIENTS = ["getent", "python", "musl", "node-lookup", "node-cares"]
+CLIENTS = ["getent", "getent-edns", "getent-tcp", "python", "musl", "node-lookup", "node-cares"]
 
 
 @pytest.mark.parametrize("client", CLIENTS)
@@ -136,7 +137,7 @@ class TestClient:
         assert all(code != 0 and not found for code, found, _ in module)
         fastest = min(seconds for _, _, seconds in module)
         # getent cannot tell how long it took by itself: starting it in the box is in the figure.
-        assert fastest < (0.2 if client == "getent" else 0.02), module
+        assert fastest < (0.2 if client.startswith("getent") else 0.02), module
 
     def test_a_search_domain_makes_no_difference(self, box, client):
         code, found, _ = resolved(box, client, "site")
@@ -158,4 +159,3 @@ def test_nothing_unlisted_was_asked_by_any_of_them(box: Box, module_lab: Lab):
     asked = {query.name for query in module_lab.dns.queries()}
     assert asked
     assert not {name for name in asked if name.endswith(("corp.example", "lan.example", "evil.example"))}, asked
-    assert json.dumps(sorted(asked))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -39,12 +40,12 @@ stray.example
 """
 ZONE = [
     Entry("rotating.example", {"A": tuple(f"203.0.113.{n}" for n in range(100, 160))}, ttl=1, pick=1),
-    Entry("hasty.wild.example", {"A": tuple(f"192.0.2.{n}" for n in range(100, 160))}, ttl=0, pick=1),
+    Entry("hasty.wild.example", {"A": tuple(f"192.0.2.{n}" for n in range(101, 221, 2))}, ttl=0, pick=1),
     Entry("fresh.example", {"A": ("203.0.113.90",)}, delay=0.1),
     Entry("chain.example", {"CNAME": ("one.cdn.invalid",)}),
     Entry("one.cdn.invalid", {"CNAME": ("two.cdn.invalid",)}),
     Entry("two.cdn.invalid", {"A": ("203.0.113.91",), "AAAA": ("2001:db8:2::91",)}),
-    Entry("many.example", {"A": tuple(f"192.0.2.{n}" for n in range(1, 241, 2))}),
+    Entry("many.example", {"A": tuple(f"192.0.2.{n}" for n in range(2, 242, 2))}),
     Entry("rebind.example", {"A": ("203.0.113.92", "10.9.9.9", "169.254.169.254", "127.0.0.1", "100.64.9.9")}),
     Entry(
         "rebind6.wild.example", {"AAAA": ("fd00:9::9", "::ffff:203.0.113.93", "64:ff9b::cb00:715d", "::1", "fe80::1")}
@@ -95,7 +96,7 @@ def guarded(whole: tuple[Lab, Box]) -> tuple[Lab, Box]:
 class TestBeforeTheAnswer:
     def test_ten_thousand_connects_to_a_rotating_name_never_fail(self, guarded):
         lab, box = guarded
-        assert connects(box, "203.0.113.161/443", "192.0.2.161/443") == ["ConnectionRefusedError"] * 2
+        assert connects(box, "203.0.113.161/443", "192.0.2.251/443") == ["ConnectionRefusedError"] * 2
         hasty = run(box, "chase", "hasty.wild.example", "4000", timeout=120)
         slow = run(box, "chase", "rotating.example", "6000", timeout=120)
         assert (hasty["failures"], slow["failures"]) == (0, 0), (hasty, slow)
@@ -142,6 +143,20 @@ class TestNothingElseGetsOut:
         assert not any(isinstance(rcode, int) for rcode, _, _ in answers), answers
         assert all(seconds < 0.1 for _, _, seconds in answers)
         assert set(connects(box, *(f"{one}/853" for one in servers))) == {"ConnectionRefusedError"}
+        assert lab.dns.queries() == []
+        assert lab.packets() == []
+
+    @pytest.mark.parametrize("how", ["udp", "tcp"])
+    def test_the_port_of_a_question_that_the_warden_just_asked_opens_nothing(self, guarded, how):
+        lab, box = guarded
+        name = f"{how}{os.urandom(3).hex()}.wild.example"
+        lab.dns.set(name, {"A": "203.0.113.87"}, ttl=0, fault=Fault.TRUNCATED if how == "tcp" else None)
+        assert ask(box, f"{name}/1")[0][0] == 0
+        flows = lab.exec(["conntrack", "-L", "-p", how, "--dport", "53", "-d", RESOLVER4]).stdout
+        ports = re.findall(r"sport=(\d+) dport=53", flows)
+        assert ports, "the control: connection tracking still knows the warden's flow"
+        lab.clear()
+        assert set(run(box, "ride", RESOLVER4, how, *ports)) <= {"PermissionError", "OSError", "ConnectionRefusedError"}
         assert lab.dns.queries() == []
         assert lab.packets() == []
 

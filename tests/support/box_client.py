@@ -156,6 +156,23 @@ def connects(*targets: str) -> list[str]:
     return [connect(address, int(port)) for address, port in (target.split("/") for target in targets)]
 
 
+def ride(server: str, transport: str, *ports: str) -> list[str]:
+    """Ask `server` from each of the source ports; what came of it."""
+    outcomes = []
+    for port in ports:
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM if transport == "tcp" else socket.SOCK_DGRAM) as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            sock.settimeout(0.3)
+            try:
+                sock.bind(("", int(port)))
+                sock.connect((server, 53))
+                sock.send(build("site.example", 1))
+                outcomes.append(f"answered {len(sock.recv(512))}")
+            except OSError as error:
+                outcomes.append(type(error).__name__)
+    return outcomes
+
+
 def hold(address: str, port: str) -> None:
     """Keep a connection open; a line on standard input sends one and prints what comes back, or the error."""
     sock = socket.create_connection((address, int(port)), timeout=3)
