@@ -9,7 +9,7 @@ TESTS   := catatonit conntrack debootstrap dnsmasq-base docker.io dumb-init ipse
 REQUIRE ?=
 INTERACTIVE ?=
 
-.PHONY: help setup demo test lint bench docs clean
+.PHONY: help setup demo test test-vm lint bench docs clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -20,6 +20,10 @@ demo: setup  ## show the product at work, about 15 s (INTERACTIVE=1 ends in a sh
 test: setup lint  ## run everything; without root what can be run (REQUIRE=all turns a skip into a failure)
 	@sh tests/support/packages.sh $(if $(REQUIRE),,--optional) $(TESTS)
 	$(BIN)/python -m pytest $(if $(REQUIRE),--require=$(REQUIRE))
+
+test-vm: setup  ## boot Debian 12's and 13's kernels and run the kernel tests there, about 15 min (docs/portability.md)
+	@sh tests/support/packages.sh cpio debootstrap kmod qemu-system-x86 zstd
+	tests/vm/run
 
 lint: setup  ## ruff, mypy strict, import contracts
 	$(BIN)/ruff check .

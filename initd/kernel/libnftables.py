@@ -1,4 +1,4 @@
-"""One call into libnftables: text in, one transaction, text out; every failure is an `InitdError`.
+"""Runs: warden. One call into libnftables: text in, one transaction, text out; every failure is an `InitdError`.
 
 The C library comes through ctypes (libnftables(3)), so nothing has to be compiled. Each call makes and frees its own
 context: no state is shared between threads, and what a large ruleset took is given back. ctypes releases the

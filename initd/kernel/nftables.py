@@ -1,6 +1,6 @@
-"""The nftables backend: one `inet` table of our own, replaced in one transaction through libnftables.
+"""Runs: warden, with NET_ADMIN. The `nftables` backend: one `inet` table of our own, replaced in one transaction.
 
-Runs: `_initd`, in the warden, with NET_ADMIN. libnftables writes rules and static sets; learned elements go over
+libnftables writes rules and static sets; learned elements go over
 netlink (`nftelements`), the read-back takes elements from there too and rules from libnftables' listing, which comes
 from the kernel's bytecode and not from what was written.
 

@@ -1,6 +1,6 @@
-"""Set elements over netlink, packed by hand: libnftables needs milliseconds where a learned address may take 100 us.
+"""Runs: warden. Set elements over netlink, packed by hand: a learned address may take 100 us, libnftables takes 5 ms.
 
-Runs: `_initd`, in the warden. Wire format: linux/netfilter/nf_tables.h, nfnetlink.h and net/netfilter/nfnetlink.c
+Wire format: linux/netfilter/nf_tables.h, nfnetlink.h and net/netfilter/nfnetlink.c
 (nfnetlink_rcv_batch). A batch is one transaction; keys of a concatenation are padded to four bytes a field.
 """
 

@@ -1,7 +1,4 @@
-"""Which backend works here is found out by trying, not by version; when none does, we refuse to start.
-
-Runs: `_initd`, in the warden, once.
-"""
+"""Runs: warden, once. Which backend works here is found out by trying, not by version; none means: refuse to start."""
 
 from __future__ import annotations
 
