@@ -37,11 +37,8 @@ def become_keeper(argv: list[str], channel: int, environ: dict[str, str]) -> NoR
     os._exit(71)
 
 
-def start(argv: list[str], *, mask: Iterable[int], home: dict[str, str]) -> int:
-    """The PID of `argv`, started as the caller of initd would have started it, in a process group of its own."""
-    pid = os.fork()
-    if pid:
-        return pid
+def become(argv: list[str], *, mask: Iterable[int], home: dict[str, str]) -> NoReturn:
+    """In a forked child: `argv` as the caller of initd would have started it, in a process group of its own."""
     try:
         environ = {**os.environ, **home}
         if environ.get("LISTEN_PID") == str(os.getppid()):  # sd_listen_fds(3) compares it with getpid()

@@ -6,6 +6,7 @@ and number are bounded, because the plan and the network decide how long a probe
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -18,6 +19,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import Any
 
+    from initd.channel import Channel
     from initd.settings import Settings
 
 SECONDS = 30.0
@@ -27,61 +29,123 @@ WAITING = 32
 EX_TEMPFAIL, EX_SOFTWARE = 75, 70
 
 
+class Errands:
+    """The probes that run and those that wait, all for one warden at a time."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._running: dict[int, Errand] = {}
+        self._waiting: list[tuple[object, object, Channel]] = []
+
+    def ask(self, message: dict[str, Any], channel: Channel) -> None:
+        """Run the plan of `message` now or later; the answer goes to `channel`, wherever that leads by then."""
+        if len(self._waiting) >= WAITING:
+            channel.send(**_answer(message.get("id"), EX_TEMPFAIL, {"error": "busy"}))
+            return
+        self._waiting.append((message.get("id"), message.get("plan"), channel))
+        self._run_waiting()
+
+    def forget(self) -> None:
+        """Whoever asked is gone."""
+        self._waiting.clear()
+        for errand in self._running.values():
+            errand.kill()
+
+    def ended(self, pid: int, status: int) -> None:
+        """A child ended: answer, if it was a probe, and let the next one run."""
+        errand = self._running.pop(pid, None)
+        if errand is not None:
+            code, result = errand.conclude(status)
+            errand.channel.send(**_answer(errand.number, code, result))
+            self._run_waiting()
+
+    def fds(self) -> set[int]:
+        """What to poll for input."""
+        return {errand.fd for errand in self._running.values() if errand.speaks}
+
+    def deadlines(self) -> list[float]:
+        """When to call `tend` at the latest, in monotonic seconds."""
+        return [errand.deadline for errand in self._running.values()]
+
+    def tend(self) -> None:
+        """Take what was printed, and end whoever takes too long."""
+        now = time.monotonic()
+        for errand in self._running.values():
+            errand.drain()
+            if now > errand.deadline:
+                errand.kill()
+
+    def _run_waiting(self) -> None:
+        while self._waiting and len(self._running) < AT_ONCE:
+            number, plan, channel = self._waiting.pop(0)
+            try:
+                errand = Errand(number, channel, plan=plan, settings=self._settings)
+            except OSError as error:  # no process or descriptor to be had: the session's fork bomb, perhaps
+                channel.send(**_answer(number, EX_TEMPFAIL, {"error": str(error.strerror)}))
+            else:
+                self._running[errand.pid] = errand
+
+
 class Errand:
-    """One running probe."""
+    """One running probe. `speaks` until its stdout has ended."""
 
-    def __init__(self, number: object, plan: object, settings: Settings) -> None:
-        self.number = number
+    def __init__(self, number: object, channel: Channel, *, plan: object, settings: Settings) -> None:
+        self.number, self.channel = number, channel
         self.output = bytearray()
+        self.speaks = True
         self.deadline = time.monotonic() + SECONDS
-        self.fd, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        os.set_blocking(theirs, True)
+        self.fd, theirs = os.pipe2(os.O_CLOEXEC)
         stdin = os.memfd_create("initd-plan")
-        os.write(stdin, json.dumps(plan).encode())
-        os.lseek(stdin, 0, os.SEEK_SET)
-        self.pid = os.fork()
-        if self.pid == 0:
-            _become_probe(stdin, theirs, settings)
-        os.close(stdin)
-        os.close(theirs)
+        try:
+            os.set_blocking(self.fd, False)
+            os.write(stdin, json.dumps(plan).encode())
+            os.lseek(stdin, 0, os.SEEK_SET)
+            self.pid = os.fork()
+            if self.pid == 0:
+                _become_probe(stdin, theirs, settings)
+        except OSError:
+            os.close(self.fd)
+            raise
+        finally:
+            os.close(stdin)
+            os.close(theirs)
 
-    def drain(self) -> bool:
-        """Take what it printed; False when nothing more will come."""
-        while True:
+    def drain(self) -> None:
+        """Take what it printed, up to one byte more than it may."""
+        while self.speaks:
             try:
                 data = os.read(self.fd, 16384)
             except BlockingIOError:
-                return True
+                return
             self.output += data
             if len(self.output) > MAX_OUTPUT:
                 self.kill()
-                return False
-            if not data:
-                return False
+            self.speaks = bool(data) and len(self.output) <= MAX_OUTPUT
 
     def kill(self) -> None:
         """End it; the kernel may have been faster."""
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(self.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            return
 
-    def answer(self, status: int) -> dict[str, Any]:
-        """The reply for the warden. `result` is always an object; it holds `error` when the probe gave none."""
+    def conclude(self, status: int) -> tuple[int, dict[str, Any]]:
+        """Its exit code and what it printed, or an `error` when that was no JSON object."""
         self.drain()
         os.close(self.fd)
         code = reap.exit_code(status)
         if len(self.output) > MAX_OUTPUT:
-            return {"event": "probe", "id": self.number, "code": code, "result": {"error": "too much output"}}
+            return code, {"error": f"printed more than {MAX_OUTPUT} bytes"}
         try:
             result = json.loads(bytes(self.output))
         except (ValueError, RecursionError):
             result = None
-        if not isinstance(result, dict):
-            late = time.monotonic() > self.deadline
-            result = {"error": f"took more than {SECONDS:g} s" if late else "printed no JSON object"}
-            code = code or EX_SOFTWARE
-        return {"event": "probe", "id": self.number, "code": code, "result": result}
+        if isinstance(result, dict):
+            return code, result
+        late = time.monotonic() > self.deadline
+        return code or EX_SOFTWARE, {"error": f"took more than {SECONDS:g} s" if late else "printed no JSON object"}
+
+
+def _answer(number: object, code: int, result: dict[str, Any]) -> dict[str, Any]:
+    return {"event": "probe", "id": number, "code": code, "result": result}
 
 
 def _become_probe(stdin: int, stdout: int, settings: Settings) -> None:

@@ -12,9 +12,9 @@ import signal
 import sys
 import time
 
-from initd import command, drop, notify, reap
+from initd import command, drop, journal, notify, reap
 from initd.channel import Channel
-from initd.errors import InitdError
+from initd.errors import InitdError, KernelError
 from initd.gate import Gate
 from initd.journal import say
 
@@ -47,6 +47,7 @@ def main(argv: list[str], options: Options, *, keeper: list[str] | None = None) 
     facts = _prepare()
     if isinstance(facts, int):
         return facts
+    journal.configure(facts["environ"])
     notifier = notify.Notifier(os.environ.pop("NOTIFY_SOCKET", None))  # connected while we may
     box = Box(signals, facts, options)
     box.start_keeper(keeper or KEEPER)
@@ -76,7 +77,7 @@ def _prepare() -> dict[str, Any] | int:
     import json  # noqa: PLC0415  # loaded already, by the channel
 
     ours, theirs = os.pipe()
-    child = os.fork()
+    child = _fork()
     if child == 0:
         from initd import prepare  # noqa: PLC0415  # its memory ends with the child
 
@@ -89,6 +90,13 @@ def _prepare() -> dict[str, Any] | int:
         return code
     facts: dict[str, Any] = json.loads(answer)
     return facts
+
+
+def _fork() -> int:
+    try:
+        return os.fork()
+    except OSError as error:
+        raise KernelError(f"no process to be had: {error.strerror}", hint="raise pids_limit in compose.yaml") from error
 
 
 class Box:
@@ -115,7 +123,7 @@ class Box:
     def start_keeper(self, argv: list[str]) -> None:
         """Fork and exec it with one end of the channel and nothing else of ours."""
         self.channel, theirs = Channel.pair()
-        self.keeper = os.fork()
+        self.keeper = _fork()
         if self.keeper == 0:
             command.become_keeper(argv, theirs.fileno(), self._facts["environ"])
         theirs.close()
@@ -123,7 +131,10 @@ class Box:
 
     def start_command(self, argv: list[str]) -> None:
         """Fork and exec the user's command as the user that we are now."""
-        self._command = command.start(argv, mask=self._options.mask, home=self._facts["home"])
+        pid = _fork()
+        if pid == 0:
+            command.become(argv, mask=self._options.mask, home=self._facts["home"])
+        self._command = pid
 
     def wait_for(self, event: str) -> None:
         """Until the keeper has said `event`, or the box is over."""
@@ -187,7 +198,7 @@ class Box:
                 self._tell_all(signal.SIGKILL)
                 self._hurry = False
                 deadline = min(deadline, time.monotonic())
-            self.turn(max(0.02, min(ROUND, deadline - time.monotonic())))
+            self.turn(max(0.1, min(ROUND, deadline - time.monotonic())))
         if self._command_code is not None:
             return self._command_code
         return 128 + signal.SIGTERM if argv else 0

@@ -11,11 +11,27 @@ import os
 import select
 import time
 
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_LEVELS = ("debug", "info", "warning", "error", "critical")
 _LIMIT = 4096  # PIPE_BUF: a pipe that polls writable takes this much at once, pipe(7)
+
+
+_wanted = {"format": "auto", "level": "info"}
+
+
+def configure(environ: Mapping[str, str]) -> None:
+    """Follow INITD_LOG_FORMAT and INITD_LOG_LEVEL of `environ` (`Settings.environ()`)."""
+    _wanted["format"] = environ.get("INITD_LOG_FORMAT", "auto")
+    _wanted["level"] = environ.get("INITD_LOG_LEVEL", "info")
 
 
 def say(level: str, event: str, **fields: object) -> None:
     """Write one line to stderr, or lose it when stderr is full or closed."""
+    if _LEVELS.index(level) < _LEVELS.index(_wanted["level"]):
+        return
     try:
         if _ready():
             os.write(2, _line(level, event, fields).encode("utf-8", "replace")[:_LIMIT])
@@ -30,8 +46,7 @@ def _ready() -> bool:
 
 
 def _line(level: str, event: str, fields: dict[str, object]) -> str:
-    wanted = os.environ.get("INITD_LOG_FORMAT", "auto")
-    if wanted == "console" or (wanted != "json" and os.isatty(2)):
+    if _wanted["format"] == "console" or (_wanted["format"] == "auto" and os.isatty(2)):
         tail = "".join(f" {key}={value}" for key, value in fields.items())
         return f"initd: {event}{tail}\n"
     now = time.time()

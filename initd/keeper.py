@@ -12,10 +12,10 @@ import signal
 import sys
 import time
 
-from initd import drop, errands, prepare, reap, sockets
+from initd import drop, errands, journal, prepare, reap, sockets
 from initd import settings as configuration
 from initd.channel import Channel
-from initd.errors import EnforcementError, PrivilegeError
+from initd.errors import EnforcementError, KernelError, PrivilegeError
 from initd.journal import say
 
 TYPE_CHECKING = False
@@ -40,6 +40,7 @@ def main() -> int:
 def run(warden: Sequence[str]) -> int:
     """Keep `warden` (an argv) running until told to stop; the exit code that PID 1 is to see."""
     signals = reap.SignalQueue()
+    journal.configure(os.environ)
     try:
         parent = Channel.inherited(int(os.environ.pop("INITD_PARENT_FD")))
     except (KeyError, ValueError, OSError):
@@ -88,8 +89,7 @@ class Keeper:
         self._backoff = BACKOFF_FIRST
         self._restart_at: float | None = None
         self._armed = self._dropped = False
-        self._errands: dict[int, errands.Errand] = {}
-        self._waiting: list[tuple[object, object]] = []
+        self._errands = errands.Errands(settings)
         self._watched: set[int] = set()
         self.result: int | None = None
 
@@ -100,11 +100,19 @@ class Keeper:
         self._channel, theirs = Channel.pair()
         self._started = self._heard = time.monotonic()
         self._patience = START_SILENCE
-        fds = {**self._held, "": theirs.fileno()}
-        self._pid = os.fork()
+        try:
+            self._pid = os.fork()
+        except OSError as error:  # no process to be had: the session's fork bomb, perhaps
+            if self._generation == 1:
+                raise KernelError(f"the warden cannot be started: {error.strerror}") from error
+            self._channel.close()
+            self._retry(error=error.strerror)
+            return
+        finally:
+            if self._pid != 0:
+                theirs.close()
         if self._pid == 0:
-            self._become_warden(fds)
-        theirs.close()
+            self._become_warden({**self._held, "": theirs.fileno()})
         say("info", "warden.started", pid=self._pid, generation=self._generation)
 
     def _become_warden(self, fds: dict[str, int]) -> None:
@@ -129,7 +137,7 @@ class Keeper:
     def watch(self, poll: select.poll) -> None:
         """Make `poll` watch exactly what can speak now."""
         channels = [channel for channel in (self._channel, self._parent) if channel is not None and channel.open]
-        wanted = {channel.fileno() for channel in channels} | {errand.fd for errand in self._errands.values()}
+        wanted = {channel.fileno() for channel in channels} | self._errands.fds()
         for fd in self._watched - wanted:
             poll.unregister(fd)
         for fd in wanted - self._watched:
@@ -138,7 +146,7 @@ class Keeper:
 
     def patience(self) -> float | None:
         """Milliseconds until something is due; None when nothing is."""
-        due = [errand.deadline for errand in self._errands.values()]
+        due = self._errands.deadlines()
         if self._restart_at is not None:
             due.append(self._restart_at)
         if self._pid is not None and self._armed:
@@ -147,14 +155,12 @@ class Keeper:
 
     def ended(self, pid: int, status: int) -> None:
         """A child of ours ended: the warden, or a probe."""
-        errand = self._errands.pop(pid, None)
-        if errand is not None:
-            self._reply(errand.answer(status))
-            self._run_waiting()
+        self._errands.ended(pid, status)
         if pid != self._pid:
             return
         self.hear_warden()  # what it said last
         self._pid = None
+        self._errands.forget()
         if self._channel is not None:
             self._channel.close()
         code = reap.exit_code(status)
@@ -165,10 +171,12 @@ class Keeper:
             return
         if time.monotonic() - self._started >= HEALTHY:
             self._backoff = BACKOFF_FIRST
+        self._retry(pid=pid, code=code)
+
+    def _retry(self, **why: object) -> None:
+        """Have another one started, later each time."""
         self._restart_at = time.monotonic() + self._backoff
-        say(
-            "error", "warden.ended", pid=pid, code=code, generation=self._generation, restart_in=round(self._backoff, 1)
-        )
+        say("error", "warden.ended", **why, generation=self._generation, restart_in=round(self._backoff, 1))
         self._backoff = min(self._backoff * 2, BACKOFF_LAST)
 
     def hear_warden(self) -> None:
@@ -181,11 +189,7 @@ class Keeper:
                 self._armed = True
                 self._parent.send(event="armed")
             elif message["event"] == "probe":
-                self._waiting.append((message.get("id"), message.get("plan")))
-        for number, _ in self._waiting[errands.WAITING :]:
-            self._reply({"event": "probe", "id": number, "code": errands.EX_TEMPFAIL, "result": {"error": "busy"}})
-        del self._waiting[errands.WAITING :]
-        self._run_waiting()
+                self._errands.ask(message, self._channel)
 
     def hear_parent(self) -> None:
         """PID 1's messages; its silence for good means that the box is over."""
@@ -206,10 +210,7 @@ class Keeper:
     def do_what_is_due(self) -> None:
         """Time-outs: a silent warden, a slow probe, a restart."""
         now = time.monotonic()
-        for errand in self._errands.values():
-            errand.drain()
-            if now > errand.deadline:
-                errand.kill()
+        self._errands.tend()
         if self._armed and self._pid is not None and now - self._heard > self._patience:
             say("error", "warden.silent", pid=self._pid, seconds=round(now - self._heard))
             self._heard = now
@@ -217,20 +218,10 @@ class Keeper:
         if self.result is None and self._restart_at is not None and now >= self._restart_at:
             self.start_warden()
 
-    def _run_waiting(self) -> None:
-        while self._waiting and len(self._errands) < errands.AT_ONCE:
-            errand = errands.Errand(*self._waiting.pop(0), self._settings)
-            self._errands[errand.pid] = errand
-
-    def _reply(self, message: dict[str, Any]) -> None:
-        if self._channel is not None and self._channel.open:
-            self._channel.send(**message)
-
     def _stop(self, grace: float) -> int:
         """End every process that is not ours, then the warden; the rules stay."""
         self._restart_at = None
-        for errand in self._errands.values():
-            errand.kill()
+        self._errands.forget()
         self._end_others(time.monotonic() + grace)
         if self._pid is not None and self._channel is not None:
             self._channel.send(event="stop")

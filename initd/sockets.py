@@ -90,10 +90,13 @@ def _control(path: str) -> socket.socket:
 def publish(run_dir: str, name: str, text: str) -> None:
     """Write `name` in `run_dir` so that a reader sees it whole or not at all."""
     path = os.path.join(run_dir, name)
-    with drop.as_owner(run_dir):
-        with open(f"{path}.new", "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(f"{path}.new", path)
+    try:
+        with drop.as_owner(run_dir):
+            with open(f"{path}.new", "w", encoding="utf-8") as file:
+                file.write(text)
+            os.replace(f"{path}.new", path)
+    except OSError as error:
+        raise KernelError(f"{path} cannot be written: {error.strerror}") from error
 
 
 def retract(run_dir: str, name: str) -> None:

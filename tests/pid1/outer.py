@@ -92,7 +92,7 @@ class Outer:
         )
         self.pid = (eventually(lambda: children(self.process.pid)) or [0])[0]
         if wait and self.init == "initd":
-            assert eventually(self.is_ready, seconds=10), self.stderr
+            assert eventually(self.is_ready, seconds=20), self.stderr
         elif wait:
             assert eventually(lambda: children(self.pid)), self.stderr
             time.sleep(0.3)  # they do not say when they are ready

@@ -55,7 +55,7 @@ def test_keeper_has_only_what_it_hands_on_and_needs(box):
 
 def test_privilege_is_visible_by_name(box):
     one = box().start()
-    assert one.comm(one.pid) == "initd"
+    assert one.comm(one.pid) == "initd", one.stderr
     assert one.named("initd-keeper")
     assert status(one.pid)["Uid"].split() == [str(UID)] * 4
 
