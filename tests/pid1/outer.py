@@ -65,7 +65,7 @@ class Outer:
             "CLAUDE_GID": str(UID),
             "INITD_RUN_DIR": str(self.run_dir),
             "INITD_STATE_DIR": str(folder / "state"),
-            "INITD_STOP_GRACE": "3",
+            "INITD_STOP_GRACE": "10",
             "INITD_WARDEN_USER": WARDEN_USER,
             "OUT": str(folder),
             **(environ or {}),
@@ -90,7 +90,7 @@ class Outer:
         self.process = subprocess.Popen(
             outer, env=self.environ, stderr=self.stderr_path.open("wb"), cwd="/", **options_
         )
-        self.pid = (eventually(lambda: children(self.process.pid)) or [0])[0]
+        self.pid = eventually(lambda: children(self.process.pid), seconds=20)[0]
         if wait and self.init == "initd":
             assert eventually(self.is_ready, seconds=20), self.stderr
         elif wait:
