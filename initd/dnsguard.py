@@ -141,7 +141,7 @@ class DnsGuard:
                         self._refresher.soon((packed, qtype))
 
     def sweep(self, in_use: Collection[IPAddress]) -> None:
-        """Keep the leases of addresses with open connections, end those that are over; call it within every grace."""
+        """Keep the leases of addresses with open connections, end those that are over; call it every `Terms.sweep`."""
         self._learner.sweep(in_use)
 
     def restore(self, saved: Mapping[str, Mapping[IPAddress, int]], *, elapsed: float, least: float = 0.0) -> int:

@@ -543,7 +543,7 @@ class TestTime:
 
     @scenario
     async def test_an_open_connection_keeps_its_address(self):
-        async with guarded(terms=Terms(floor=0.2, grace=0.2)) as lab:
+        async with guarded(terms=Terms(floor=0.2, grace=0.2, sweep=0.2)) as lab:
             lab.upstream.ttl = 0
             await lab.ask("a.wild.example")
             address = ip_address("203.0.113.7")
