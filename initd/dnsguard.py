@@ -100,6 +100,7 @@ class DnsGuard:
     async def start(self, sockets: Mapping[str, socket.socket]) -> None:
         """Serve on the keeper's sockets (dns4-udp, dns4-tcp, dns6-udp, dns6-tcp; others are left alone)."""
         await self._doors.open([sock for name, sock in sockets.items() if name.startswith("dns")], self.answer)
+        self._take_hosts()
         self._refreshing = asyncio.get_running_loop().create_task(self._refresher.run())
 
     async def stop(self) -> None:
@@ -127,10 +128,20 @@ class DnsGuard:
         self._judged.clear()
         self._fresh.clear()
         self._generation += 1
+        self._take_hosts()
         return self._learner.reconsider(self._services_of)
 
+    def _take_hosts(self) -> None:
+        """Learn what /etc/hosts says about listed names: libc reads it before it asks anybody."""
+        for name in self._options.local_names:
+            with contextlib.suppress(ValueError):
+                packed = name_wire(name)
+                if self._judge(packed).fate is Fate.HOSTS:
+                    for qtype in _CARRIED:
+                        self._refresher.soon((packed, qtype))
+
     def sweep(self, in_use: Collection[IPAddress]) -> None:
-        """Keep the leases of addresses with open connections, end those that are over; call it within every grace."""
+        """Keep the leases of addresses with open connections, end those that are over; call it every `Terms.sweep`."""
         self._learner.sweep(in_use)
 
     def restore(self, saved: Mapping[str, Mapping[IPAddress, int]], *, elapsed: float, least: float = 0.0) -> int:
@@ -311,7 +322,7 @@ class DnsGuard:
             return Failure("insert")
         if ttl:
             self._cache.put(key, entry)
-        if judged.decision.literal:
+        if _kept(judged):
             self._refresher.answered(key, ttl)
         return entry
 
@@ -348,15 +359,18 @@ class DnsGuard:
         outcome = self._want(key, judged, lambda late: None if future.done() else future.set_result(late))
         if outcome is None:
             outcome = await future
-        if isinstance(outcome, Failure) and judged.decision.literal:
+        if isinstance(outcome, Failure) and _kept(judged):
             self._refresher.failed(key)
         return outcome
 
     async def _refresh(self, key: Key) -> bool | None:
         judged = self._judge(key[0])
-        if judged.fate is not Fate.FORWARD or not judged.decision.literal:
-            return None
-        return isinstance(await self._outcome(key), Entry)
+        return isinstance(await self._outcome(key), Entry) if _kept(judged) else None
+
+
+def _kept(judged: Judged) -> bool:
+    """Whether the guard keeps asking for the name by itself."""
+    return judged.fate is Fate.HOSTS or (judged.fate is Fate.FORWARD and judged.decision.literal)
 
 
 def _same(one: Judged, other: Judged) -> bool:

@@ -1,5 +1,7 @@
-"""Runs: warden, always. Keeps the leases of literally listed names alive, for clients that cache longer than the TTL.
+"""Runs: warden, always. Keeps leases alive that no client asks for in time.
 
+Those of literally listed names, for clients that cache longer than the TTL; and those of listed names in /etc/hosts,
+which libc reads by itself, without asking.
 Each name and type is asked again between half and nine tenths of its lease, at a random time, a few at once, and
 never twice within half a floor; one that fails is asked again later and later.
 """
@@ -36,6 +38,10 @@ class Refresher:
         pause = max(self._terms.floor / 2, self._terms.lifetime(ttl) * random.uniform(0.5, 0.9))  # noqa: S311 - spreads load
         self._due[key] = time.monotonic() + pause
         self._failures.pop(key, None)
+
+    def soon(self, key: Key) -> None:
+        """Ask at the next turn."""
+        self._due[key] = 0.0
 
     def failed(self, key: Key) -> None:
         """No answer just now."""

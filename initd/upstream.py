@@ -52,10 +52,15 @@ class ServerStats:
 class Server:
     """An upstream and what was learned about it."""
 
-    __slots__ = ("ailing_until", "answered", "asked", "edns", "endpoint", "failures", "mixed_case", "timeouts")
+    __slots__ = (
+        "ailing_until", "answered", "asked", "edns", "endpoint", "failures", "family", "mixed_case", "place",
+        "timeouts",
+    )  # fmt: skip
 
     def __init__(self, endpoint: Endpoint) -> None:
         self.endpoint = endpoint
+        self.family = socket.AF_INET if endpoint.address.version == 4 else socket.AF_INET6
+        self.place = (str(endpoint.address), endpoint.port)
         self.edns = True
         self.mixed_case = True
         self.failures = 0
@@ -71,7 +76,8 @@ class Server:
 
     def stats(self, now: float) -> ServerStats:
         """As figures."""
-        name = f"{self.endpoint.address}" + ("" if self.endpoint.port == 53 else f"#{self.endpoint.port}")
+        name, port = self.place
+        name += "" if port == 53 else f"#{port}"
         ailing = self.ailing_until > now
         return ServerStats(name, self.asked, self.answered, self.timeouts, ailing, self.edns, self.mixed_case)
 
@@ -195,12 +201,11 @@ class Upstreams:
         random = secrets.randbits(8 * len(question.name) + 16)
         name = mix_case(question.name, question.mask, random >> 16) if server.mixed_case else question.name
         asked = wire.build_query(random & 0xFFFF, name, question.type, edns=server.edns)
-        address, port = server.endpoint.address, server.endpoint.port
         sock = None
         try:
-            sock = socket.socket(socket.AF_INET if address.version == 4 else socket.AF_INET6, socket.SOCK_DGRAM)
+            sock = socket.socket(server.family, socket.SOCK_DGRAM)
             sock.setblocking(False)
-            sock.connect((str(address), port))
+            sock.connect(server.place)
             sock.send(asked)
         except OSError as error:
             self._unreachable(question, server, error)
@@ -216,7 +221,7 @@ class Upstreams:
     def _unreachable(self, question: Question, server: Server, error: OSError) -> None:
         server.failed(time.monotonic())
         question.refused.add(server)
-        self._log.warning("dns.upstream.unreachable", server=str(server.endpoint.address), error=error.strerror)
+        self._log.warning("dns.upstream.unreachable", server=server.place[0], error=error.strerror)
 
     def _late(self, question: Question) -> None:
         now = time.monotonic()
@@ -249,7 +254,7 @@ class Upstreams:
             if attempt.server.mixed_case and wire.echoes(data, attempt.asked):
                 # Not believed: asked again without mixed case, under a new id and port.
                 attempt.server.mixed_case = False
-                self._log.warning("dns.upstream.case", server=str(attempt.server.endpoint.address))
+                self._log.warning("dns.upstream.case", server=attempt.server.place[0])
                 self._again(question, attempt)
             return
         self._answered(question, attempt, answer)
@@ -334,7 +339,7 @@ class Upstreams:
 
 async def _ask_stream(server: Server, question: Question) -> wire.Answer | None:
     asked = wire.build_query(secrets.randbits(16), question.name, question.type, edns=server.edns)
-    reader, writer = await asyncio.open_connection(str(server.endpoint.address), server.endpoint.port)
+    reader, writer = await asyncio.open_connection(*server.place)
     try:
         writer.write(len(asked).to_bytes(2) + asked)
         while True:

@@ -516,6 +516,22 @@ class TestTime:
             assert asked.count("a.wild.example") == 1
 
     @scenario
+    async def test_listed_names_in_etc_hosts_are_kept_learned_although_nobody_asks(self):
+        hosts = {
+            "four.example": (ip_address("172.18.0.9"),),
+            "db.wild.example": (ip_address("172.18.0.8"), ip_address("fd00::8")),
+            "evil.test": (ip_address("172.18.0.7"),),
+            "no name": (ip_address("172.18.0.6"),),
+        }
+        async with guarded(terms=Terms(floor=1, grace=0.5), local_names=hosts) as lab:
+            await asyncio.sleep(0.3)
+            assert lab.kernel.addresses() == {"172.18.0.9", "172.18.0.8", "fd00::8"}
+            lab.decide_by("db.wild.example\nevil.test\n")
+            await asyncio.sleep(0.3)
+            assert lab.kernel.addresses() == {"172.18.0.7", "172.18.0.8", "fd00::8"}
+            assert lab.upstream.asked == []
+
+    @scenario
     async def test_a_name_that_does_not_resolve_is_tried_again_and_found(self):
         async with guarded(terms=Terms(floor=0.4, grace=0.2)) as lab:
             lab.upstream.handler = lambda data, _: [data[:2] + b"\x81\x82" + data[4:]]
@@ -527,7 +543,7 @@ class TestTime:
 
     @scenario
     async def test_an_open_connection_keeps_its_address(self):
-        async with guarded(terms=Terms(floor=0.2, grace=0.2)) as lab:
+        async with guarded(terms=Terms(floor=0.2, grace=0.2, sweep=0.2)) as lab:
             lab.upstream.ttl = 0
             await lab.ask("a.wild.example")
             address = ip_address("203.0.113.7")

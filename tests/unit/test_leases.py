@@ -64,11 +64,20 @@ def test_an_address_is_forgotten_when_its_last_name_lets_go():
 def test_an_address_in_use_outlives_its_lease_and_no_longer():
     leases = Leases()
     take(leases, "a", A, B, ttl=60)
-    extend, forget = leases.sweep(70, frozenset({A}))
-    assert extend == [(element(A), 90)]
-    assert forget == []
+    assert leases.sweep(70, frozenset({A})) == ([], [])
+    assert leases.sweep(80, frozenset({A})) == ([(element(A), 90)], [])
     assert leases.sweep(95, frozenset({A})) == ([], [element(B)])
-    assert leases.sweep(161, frozenset()) == ([], [element(A)])
+    assert leases.sweep(171, frozenset()) == ([], [element(A)])
+
+
+def test_short_terms_do_not_let_an_address_in_use_lapse_between_sweeps():
+    leases = Leases(Terms(floor=1, grace=0))
+    take(leases, "a", A)
+    kept = 1.0
+    for now in range(1, 100, 10):
+        assert kept >= now
+        extend, _ = leases.sweep(now, frozenset({A}))
+        kept = max([kept, *(now + seconds for _, seconds in extend)])
 
 
 def test_over_the_cap_the_ones_answered_longest_ago_go_first_but_none_in_use():
