@@ -45,7 +45,7 @@ class Element(NamedTuple):
 class Ruleset:
     """What OUTPUT, INPUT and FORWARD are to do, in the order of docs/architecture.md ("Rules").
 
-    `warden_uid` may reach `upstreams` on TCP and UDP, and `fetch` on TCP 443; nobody else may.
+    `warden_uid` may reach `upstreams` on TCP and UDP; nobody else may.
     `engine_dns` lets UID 0 reach port 53 anywhere: Docker's embedded resolver (127.0.0.11) forwards from inside
     the container's namespace as root. `static` holds public elements, `private` those inside `SPECIAL` ranges.
     `subnets` may open connections to the box (INPUT). `log` turns on the rate-limited NFLOG rule.
@@ -53,7 +53,6 @@ class Ruleset:
 
     warden_uid: int
     upstreams: frozenset[Endpoint] = frozenset()
-    fetch: frozenset[IPAddress] = frozenset()
     engine_dns: bool = False
     static: frozenset[Element] = frozenset()
     private: frozenset[Element] = frozenset()
@@ -67,7 +66,6 @@ class Surroundings:
 
     warden_uid: int
     upstreams: frozenset[Endpoint] = frozenset()
-    fetch: frozenset[IPAddress] = frozenset()
     engine_dns: bool = False
     subnets: frozenset[IPNetwork] = frozenset()
     log: bool = True
@@ -106,7 +104,6 @@ def compile_ruleset(
     return Ruleset(
         around.warden_uid,
         upstreams=around.upstreams,
-        fetch=around.fetch,
         engine_dns=around.engine_dns,
         static=frozenset(static),
         private=frozenset(private),

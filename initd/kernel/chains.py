@@ -153,8 +153,6 @@ def _warden(version: int, ruleset: Ruleset) -> Iterator[Rule]:
         if upstream.address != engine:
             for proto in ("udp", "tcp"):
                 yield _owned(uid, destination=_single(upstream.address), proto=proto, port=upstream.port)
-    for address in sorted((one for one in ruleset.fetch if one.version == version), key=int):
-        yield _owned(uid, destination=_single(address), proto="tcp", port=443)
 
 
 def _owned(uid: int, *, destination: IPNetwork | None = None, proto: str | None = None, port: int = 0) -> Rule:

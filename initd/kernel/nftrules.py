@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from initd.core.special import SPECIAL4, SPECIAL6
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Iterable, Iterator, Mapping
 
     from initd.core.ruleset import Element, IPAddress, IPNetwork, Ruleset
 
@@ -85,10 +85,6 @@ def _family(address: IPAddress | IPNetwork) -> str:
     return "ip" if address.version == 4 else "ip6"
 
 
-def _sorted(addresses: Iterable[IPAddress]) -> Sequence[IPAddress]:
-    return sorted(addresses, key=lambda address: (address.version, int(address)))
-
-
 def _warden(ruleset: Ruleset) -> Iterator[str]:
     """The warden's own ways out. Docker has rewritten port 53 of its resolver before this hook (nat, -100)."""
     who = f"meta skuid {ruleset.warden_uid}"
@@ -98,8 +94,6 @@ def _warden(ruleset: Ruleset) -> Iterator[str]:
         if str(end.address) != ENGINE_DNS:
             where = f"{_family(end.address)} daddr {end.address}"
             yield f"{who} {where} meta l4proto {{ 6, 17 }} th dport {end.port} accept"
-    for address in _sorted(ruleset.fetch):
-        yield f"{who} {_family(address)} daddr {address} tcp dport 443 accept"
 
 
 def _listed(kind: str) -> Iterator[str]:

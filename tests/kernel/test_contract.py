@@ -19,12 +19,11 @@ pytestmark = pytest.mark.kernel
 
 LISTED4, LISTED6 = "203.0.113.9", "2001:db8:2::9"
 LEARNED4, LEARNED6 = "192.0.2.7", "2001:db8:2:7::7"
-UPSTREAM4, UPSTREAM6, FETCH4 = "203.0.113.53", "2001:db8:2::53", "203.0.113.140"
+UPSTREAM4, UPSTREAM6 = "203.0.113.53", "2001:db8:2::53"
 PRIVATE4, PRIVATE6 = "10.20.3.4", "fd00:20::4"
 RULESET = Ruleset(
     WARDEN,
     upstreams=frozenset({Endpoint(ip_address(UPSTREAM4)), Endpoint(ip_address(UPSTREAM6))}),
-    fetch=frozenset({ip_address(FETCH4)}),
     static=frozenset(
         {
             Element(ip_network("203.0.113.8/29"), "tcp", 443),
@@ -42,7 +41,7 @@ UNLISTED = (
     ("tcp", "2001:db8:2::77"), ("udp", "2001:db8:2::77"), ("icmp", "2001:db8:2::77"), ("icmp", LISTED6),
     ("tcp", LISTED4, 80), ("udp", LISTED4, 80), ("tcp", LISTED6, 80), ("udp", LISTED6, 80),
     ("tcp", "203.0.113.16"), ("tcp", "203.0.113.7"), ("udp", "203.0.113.10"), ("tcp", "2001:db8:2::10"),
-    ("tcp", UPSTREAM4, 53), ("udp", UPSTREAM4, 53), ("udp", UPSTREAM6, 53), ("tcp", FETCH4),
+    ("tcp", UPSTREAM4, 53), ("udp", UPSTREAM4, 53), ("udp", UPSTREAM6, 53),
 )  # fmt: skip
 SPECIAL = (
     ("tcp", "169.254.169.254", 80), ("udp", "169.254.169.254", 53), ("icmp", "169.254.169.254"),
@@ -98,12 +97,12 @@ def test_listed_is_open(backend, wire):
 
 
 def test_warden_alone_reaches_upstreams(backend, wire):
-    targets = (("udp", UPSTREAM4, 53), ("tcp", UPSTREAM4, 53), ("udp", UPSTREAM6, 53), ("tcp", FETCH4, 443))
+    targets = (("udp", UPSTREAM4, 53), ("tcp", UPSTREAM4, 53), ("udp", UPSTREAM6, 53))
     wire.do(lambda: armed(backend) and None)
     assert apart(wire.do(tries, targets, WARDEN), "open") == []
     assert apart(wire.do(tries, targets, SESSION), "refused") == []
     assert apart(wire.do(tries, targets, 0), "refused") == []
-    other = (("tcp", UPSTREAM4, 443), ("udp", "203.0.113.77", 53), ("tcp", FETCH4, 80), ("tcp", LISTED4, 80))
+    other = (("tcp", UPSTREAM4, 443), ("udp", "203.0.113.77", 53), ("tcp", LISTED4, 80))
     assert apart(wire.do(tries, other, WARDEN), "refused") == []
 
 

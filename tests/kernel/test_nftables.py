@@ -185,7 +185,6 @@ RICH = Ruleset(
     upstreams=frozenset(
         {Endpoint(ip_address("127.0.0.11")), Endpoint(ip_address(PEER4)), Endpoint(ip_address(PEER6), 5353)}
     ),
-    fetch=frozenset({ip_address("198.51.100.3"), ip_address("2001:db8::3")}),
     engine_dns=True,
     static=frozenset(
         {

@@ -23,7 +23,6 @@ def ruleset_of(path: Path) -> Ruleset:
             Endpoint(ip_address(address), int(port))
             for address, _, port in (u.partition("#") for u in data.get("upstreams", ()))
         ),
-        fetch=frozenset(map(ip_address, data.get("fetch", ()))),
         engine_dns=data.get("engine_dns", False),
         static=_elements(data.get("static", ())),
         private=_elements(data.get("private", ())),

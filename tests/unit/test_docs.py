@@ -34,7 +34,9 @@ def test_every_guarantee_names_a_test_that_exists() -> None:
     for file, function in named:
         assert (ROOT / file).is_file(), file
         if function:
-            assert re.search(rf"^(async )?def {function}\(", (ROOT / file).read_text(), re.M), f"{file}::{function}"
+            assert re.search(rf"^(async )?def {function}\(", (ROOT / file).read_text(), re.MULTILINE), (
+                f"{file}::{function}"
+            )
 
 
 def test_every_row_of_the_guarantees_names_its_test() -> None:
