@@ -119,12 +119,17 @@ class Nftables:
 
         Raises PrivilegeError without NET_ADMIN: then nothing was found out.
         """
+        try:
+            libnftables.run("add table inet initd-probe", dry=True)
+        except KernelError as error:
+            missing = (f"nf_tables with the inet family ({error.message.removeprefix('nftables: ')})",)
+            return Probe(self.name, usable=False, capabilities=dict.fromkeys(_TRIALS, False), missing=missing)
         failed: dict[str, str] = {}
         for name, (trial, what) in _TRIALS.items():
             try:
                 self._try(name, trial)
             except KernelError as error:
-                failed[name] = f"{what} ({error.message})"
+                failed[name] = f"{what} ({error.message.removeprefix('nftables: ')})"
         usable = not failed.keys() & _NEEDED
         return Probe(self.name, usable, {name: name not in failed for name in _TRIALS}, tuple(failed.values()))
 

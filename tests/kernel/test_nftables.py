@@ -694,7 +694,7 @@ backend = Nftables()
 backend.lockdown(990)
 calls, run = [], libnftables.run
 libnftables.run = lambda text, **options: (calls.append(text), run(text, **options))[1]
-for count in (10, 10_000, 20):
+for count in (10, 5_000, 20):
     elements = frozenset(Element(IPv4Network((0xC0000000 + 8 * i, 30)), "tcp", 443) for i in range(count))
     backend.apply(Ruleset(990, static=elements))
     print(backend.read() == backend.expect(Ruleset(990, static=elements)), len(calls) > 2)
