@@ -38,6 +38,7 @@ def run(out: int) -> NoReturn:
 
 def prepare(settings: Settings) -> dict[str, Any]:
     """Make both folders the warden's to write in, without CHOWN or DAC_OVERRIDE, and clear what a last run left."""
+    drop.need(drop.KEEPER)  # first, so that what is missing is named, not what fails for want of it
     _, gid = warden_account(settings)
     for folder in (settings.run_dir, settings.state_dir):
         _folder(str(folder), settings.warden_user, gid)

@@ -27,7 +27,7 @@ def example(world, make):
 def commands(world, name):
     """What the README tells to type, after `docker compose exec`."""
     text = (world.context / "examples" / name / "README.md").read_text()
-    return re.findall(r"^docker compose exec (.*)$", text, re.M)
+    return re.findall(r"^docker compose exec (.*)$", text, re.MULTILINE)
 
 
 def listed(world, *names):

@@ -10,6 +10,13 @@ import pytest
 from tests.support.engine import BASE, client, image_size
 
 MB = 1_000_000
+FILE_CAPABILITIES = """
+import os
+for folder, _, names in os.walk('/usr'):
+    for path in (os.path.join(folder, name) for name in names):
+        if not os.path.islink(path) and 'security.capability' in os.listxattr(path):
+            print(path)
+"""
 
 
 def inside(world, script, image="initd:local"):
@@ -19,8 +26,7 @@ def inside(world, script, image="initd:local"):
 
 def test_nothing_raises_privilege(world):
     assert inside(world, "find / -xdev -type f -perm /6000") == ""
-    script = "/usr/bin/python3 -c \"import os; [print(p) for r, _, fs in os.walk('/usr') for f in fs for p in [os.path.join(r, f)] if not os.path.islink(p) and 'security.capability' in os.listxattr(p)]\""
-    assert inside(world, script) == ""
+    assert inside(world, f'/usr/bin/python3 -c "{FILE_CAPABILITIES}"') == ""
 
 
 def test_the_check_finds_one_where_there_is_one(world):
@@ -40,14 +46,14 @@ def test_tools_that_people_expect(world):
 
 
 def test_our_code_is_compiled(world):
-    script = "cd /opt/initd/lib/python3*/site-packages/initd && for f in *.py; do ls __pycache__/${f%.py}.*.pyc >/dev/null; done"
-    inside(world, script)
+    script = "cd /opt/initd/lib/python3*/site-packages/initd && ls *.py | wc -l && ls __pycache__/*.pyc | wc -l"
+    sources, compiled = inside(world, script).split()
+    assert sources == compiled
 
 
 def test_nobody_but_root_writes_what_root_runs(world):
-    script = "find /opt /usr /etc -xdev \\( -not -user root -o -perm /022 \\) -not -type l -print | grep -v '^/usr/local/share/' || true"
-    found = [line for line in inside(world, script).splitlines() if not line.startswith(("/usr/lib/python3", "/etc/gshadow", "/etc/shadow"))]
-    assert [path for path in found if "/local/" in path or path.startswith("/opt")] == []
+    script = "find /opt /usr /etc -xdev \\( -not -user root -o -perm /022 \\) -not -type l -print"
+    assert inside(world, script) == ""
 
 
 def test_what_the_engine_reads(world):
@@ -57,7 +63,7 @@ def test_what_the_engine_reads(world):
     assert config["Entrypoint"][0] == "/usr/local/bin/initd"
     assert config["User"] == ""
     assert config["Labels"]["org.opencontainers.image.licenses"] == "MIT"
-    assert next(word for word in config["Env"] if word.startswith("PATH=")).startswith("PATH=/usr/local/lib/initd/shims:")
+    assert any(word.startswith("PATH=/usr/local/lib/initd/shims:") for word in config["Env"])
 
 
 def test_size_without_claude(world):
@@ -68,9 +74,11 @@ def test_size_without_claude(world):
 
 @pytest.mark.slow
 def test_size_packed(world):
+    """At a quick level: what a registry stores is a little smaller."""
     save = subprocess.Popen([client(), "save", "initd:local"], stdout=subprocess.PIPE, env=world.engine.environ())
-    pack = subprocess.Popen(["gzip", "-c"], stdin=save.stdout, stdout=subprocess.PIPE)
-    assert save.stdout and pack.stdout
+    pack = subprocess.Popen(["gzip", "-4"], stdin=save.stdout, stdout=subprocess.PIPE)
+    assert save.stdout
+    assert pack.stdout
     save.stdout.close()
     size = 0
     while data := pack.stdout.read(1 << 20):

@@ -52,7 +52,7 @@ def test_the_commands_own_code(make):
         assert time.monotonic() < until
         time.sleep(0.1)
     assert project.inspect()["State"]["ExitCode"] == 3
-    assert re.search(r"^.*\b501$", project.logs(), re.M)
+    assert re.search(r"^.*\b501$", project.logs(), re.MULTILINE)
 
 
 def test_kill_and_start_again(make):
@@ -72,7 +72,9 @@ def test_restart_leaks_nothing(world, make, how):
 
     def knock():
         while not over.is_set():
-            done = project.exec("sh", "-c", f"echo ran; curl -sS -m 1 http://{OTHER}/; curl -sS -m 1 http://other.example/")
+            done = project.exec(
+                "sh", "-c", f"echo ran; curl -sS -m 1 http://{OTHER}/; curl -sS -m 1 http://other.example/"
+            )
             ran.append(done.stdout)
 
     threads = [threading.Thread(target=knock) for _ in range(3)]
@@ -144,7 +146,7 @@ def test_exec_after_a_failed_start_says_why(make):
     said = ""
     while "allowed-domains.txt:1" not in said:
         assert time.monotonic() < until, said
-        said = project.exec("bash", "-c", "echo ran").stderr
+        said += project.exec("bash", "-c", "echo ran").stderr
     assert "the last start failed" in said
     project.write_policy("site.example\n")
     project.up()

@@ -12,11 +12,14 @@ import pytest
 OTHER = "203.0.113.20"
 CURL = ("curl", "-sS", "--max-time", "8")
 SERVER = ["/usr/bin/python3", "-m", "http.server", "-d", "/usr/share/doc/git", "8000"]
+HEALTH = {"test": ["CMD", "/usr/bin/curl", "-sS", "-o", "/dev/null", "http://127.0.0.1:8000/"], "interval": "1s"}
 CONNECT = """
 import socket, sys, time
 start = time.monotonic()
 try:
-    socket.create_connection((sys.argv[1], int(sys.argv[2])), 8).close()
+    with socket.socket(socket.AF_INET) as sock:
+        sock.settimeout(8)
+        sock.connect((sys.argv[1], int(sys.argv[2])))
     word = "open"
 except OSError as error:
     word = type(error).__name__ if error.errno is None else __import__("errno").errorcode[error.errno]
@@ -45,16 +48,17 @@ def connect(project, host, port=443):
     return word, float(spent)
 
 
-def bare(world, *command, network):
+def bare(owner, *command, network):
     """Run a command in a container of the same image without initd, on the same network: the negative control."""
-    return world.engine.docker(
+    return owner.engine.docker(
         *("run", "--rm", "--network", network, "--entrypoint", command[0], "initd:none", *command[1:]), check=False
     )
 
 
 def plain_service(**more):
     """A compose service that is no box: Python's web server from the same image."""
-    return {"image": "initd:none", "entrypoint": SERVER, "working_dir": "/usr/share/doc/git", "stop_grace_period": "0s"} | more
+    service = {"image": "initd:none", "entrypoint": SERVER, "stop_grace_period": "0s", "healthcheck": HEALTH}
+    return service | more
 
 
 def test_listed_answers(shared):
@@ -123,13 +127,8 @@ def test_services_by_name_only_when_listed(make):
     word, spent = connect(project, address, 8000)
     assert word == "ECONNREFUSED"
     assert spent < 50
-    reached = bare(project_world(project), "/usr/bin/curl", "-sS", f"http://{address}:8000/", network=f"{project.name}_default")
+    reached = bare(project, "/usr/bin/curl", "-sS", f"http://{address}:8000/", network=f"{project.name}_default")
     assert reached.returncode == 0, "the negative control: without a box it answers"
-
-
-def project_world(project):
-    """`bare` needs nothing of the world but its engine."""
-    return project
 
 
 def test_the_host_only_when_listed(world, make):
@@ -137,7 +136,8 @@ def test_the_host_only_when_listed(world, make):
     networks = project.inspect()["NetworkSettings"]["Networks"]
     gateway = next(iter(networks.values()))["Gateway"]
     argv = ["setpriv", "--pdeathsig", "KILL", "ip", "netns", "exec", world.lab.netns]
-    server = subprocess.Popen([*argv, "/usr/bin/python3", "-m", "http.server", "80"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    argv += ["/usr/bin/python3", "-m", "http.server", "80"]
+    server = subprocess.Popen(argv, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     try:
         until = time.monotonic() + 10
         control = ["/usr/bin/curl", "-sS", "-o", "/dev/null", f"http://{gateway}/"]

@@ -63,10 +63,13 @@ def test_a_session_cannot_touch_the_policy(shared, attempt):
 
 
 def test_the_root_of_the_box_cannot_either(shared):
-    """Not even a root shell: the mount is read-only and there is no SYS_ADMIN to change that."""
-    done = shared.exec("rootsh", "-c", f"echo other.example >>{INSIDE}")
-    assert done.returncode != 0
+    """Not even a root shell: the mount is read-only, and there is neither DAC_OVERRIDE nor SYS_ADMIN."""
+    before = (shared.workspace / POLICY).read_text()
+    for attempt in (f"echo other.example >>{INSIDE}", "mount -o remount,rw /workspace/.aidevcontainer"):
+        assert shared.exec("rootsh", "-c", attempt).returncode != 0
+    done = shared.exec("rootsh", "-c", f"setpriv --reuid 501 --clear-groups sh -c 'echo other.example >>{INSIDE}'")
     assert "Read-only" in done.stderr
+    assert (shared.workspace / POLICY).read_text() == before
 
 
 def test_a_session_that_may_write_the_file_may_only_narrow(make):

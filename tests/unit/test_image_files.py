@@ -17,12 +17,13 @@ SCRIPTS = [*sorted((IMAGE / "shims").iterdir()), IMAGE / "fetch-claude", IMAGE /
 
 def stages(text):
     """Stage name → its instructions."""
-    parts = re.split(r"^FROM .* AS (\S+)$", text, flags=re.M)
+    parts = re.split(r"^FROM .* AS (\S+)$", text, flags=re.MULTILINE)
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
 def hadolint(path):
-    done = subprocess.run([HADOLINT, "--no-color", "-c", ROOT / ".hadolint.yaml", path], capture_output=True, text=True, check=False)
+    argv = [HADOLINT, "--no-color", "-c", ROOT / ".hadolint.yaml", path]
+    done = subprocess.run(argv, capture_output=True, text=True, check=False)
     return done.stdout + done.stderr
 
 
@@ -48,9 +49,12 @@ def test_the_last_stage_is_debian_and_final_stages_clean_up():
 
 def test_both_targets_end_alike():
     parts = stages((IMAGE / "Dockerfile").read_text())
-    ends = [parts[name].partition("COPY --from=")[2].replace(name, "TARGET").split("# ----")[0].strip() for name in ("debian", "alpine")]
-    assert ends[0] == ends[1]
-    assert ends[0]
+
+    def end(name):
+        return parts[name].partition("COPY --from=")[2].replace(name, "TARGET").split("# ----")[0].strip()
+
+    assert end("debian") == end("alpine")
+    assert "ENTRYPOINT" in end("debian")
 
 
 def test_no_frontend_from_a_registry():
@@ -80,9 +84,9 @@ def test_scripts(script):
 
 
 def ask(prompt, **environ):
-    done = subprocess.run(
-        [IMAGE / "shims" / "askpass", prompt], capture_output=True, text=True, env={"GIT_TOKEN_FILE": "/nonexistent"} | environ, check=False
-    )
+    askpass = [IMAGE / "shims" / "askpass", prompt]
+    environ = {"GIT_TOKEN_FILE": "/nonexistent"} | environ
+    done = subprocess.run(askpass, capture_output=True, text=True, env=environ, check=False)
     return done.returncode, done.stdout
 
 
