@@ -12,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = ROOT / "image"
 HADOLINT, SHELLCHECK = (Path(sys.prefix) / "bin" / name for name in ("hadolint", "shellcheck"))
-SCRIPTS = [*sorted((IMAGE / "shims").iterdir()), IMAGE / "fetch-claude", IMAGE / "finish"]
+SCRIPTS = [*sorted((IMAGE / "shims").iterdir()), *(IMAGE / name for name in ("build", "fetch-claude", "finish"))]
 
 
 def stages(text):
