@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import functools
 import os
-import shutil
-import subprocess
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,8 +11,8 @@ from typing import TYPE_CHECKING
 import hypothesis
 import pytest
 
+from tests.support import engine, namespaces
 from tests.support import lab as labs
-from tests.support import namespaces
 from tests.support.lab import Lab
 
 if TYPE_CHECKING:
@@ -42,13 +40,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @functools.cache
 def _missing(mark: str) -> str | None:
     """Why tests with this mark cannot run here, or None."""
-    if mark == "kernel":
-        return labs.can_run()
-    if shutil.which("docker") is None and shutil.which("dockerd") is None:
-        return "no Docker engine installed"
-    if os.geteuid() != 0 and subprocess.run(["docker", "version"], capture_output=True, check=False).returncode:
-        return "the Docker engine does not answer and only root could start one"
-    return None
+    return labs.can_run() if mark == "kernel" else engine.missing()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -96,7 +96,8 @@ class Project:
         """`up -d --wait`; its failure carries the logs."""
         done = self.compose("up", "-d", "--wait", *words)
         if done.returncode:
-            raise EngineError(f"up: exit {done.returncode}\n{done.stdout}{done.stderr}\n{self.logs()}")
+            health = "".join(one["Output"] for one in self.inspect()["State"].get("Health", {}).get("Log", [])[-1:])
+            raise EngineError(f"up: exit {done.returncode}\n{done.stdout}{done.stderr}\n{self.logs()}\n{health}")
         return self
 
     def exec(self, *command: str, flags: Sequence[str] = (), **more: Any) -> subprocess.CompletedProcess[str]:
