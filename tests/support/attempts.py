@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from tests.support.box import Box
 
-Target = tuple[str, str, int]  # tcp or udp, name or address, port
+Target = tuple[str, str, int]  # tcp, udp or icmp (port 0), name or address, port
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,7 @@ from typing import Any
 
 TIMEOUT = 3.0  # seconds; nobody waits that long for a refusal
 BEAT = 0.02  # seconds between two bytes of `talk`
+ECHO = {socket.AF_INET: b"\x08" + bytes(7), socket.AF_INET6: b"\x80" + bytes(7)}  # echo request; the kernel fills it in
 
 
 def name_of(error: OSError) -> str:
@@ -36,11 +37,13 @@ def attempt(proto: str, host: str, port: int) -> dict[str, Any]:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM if proto == "tcp" else socket.SOCK_DGRAM)
         family, kind, number, _, where = found[0]
         address = where[0]
+        if proto == "icmp":  # a ping socket: needs no privilege, only net.ipv4.ping_group_range
+            number = socket.IPPROTO_ICMP if family == socket.AF_INET else socket.IPPROTO_ICMPV6
         with socket.socket(family, kind, number) as sock:
             sock.settimeout(TIMEOUT)
             sock.connect(where)
-            if proto == "udp":
-                sock.send(b"x")
+            if proto != "tcp":
+                sock.send(ECHO[family] if proto == "icmp" else b"x")
                 sock.recv(1)
     except OSError as failure:
         error = name_of(failure)
