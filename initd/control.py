@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import socket
 import struct
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from initd.logs import Log
 
 MAX_CONNECTIONS = 32
+"""At the same time, for each UID: a session that holds all of its own must not lock root out."""
+
 IDLE_SECONDS = 10.0
 
 
@@ -40,7 +43,7 @@ class Control:
     def __init__(self, handle: Callable[[messages.Request, Peer], Awaitable[dict[str, Any]]], *, log: Log) -> None:
         self._handle = handle
         self._log = log
-        self._open = 0
+        self._open: Counter[int] = Counter()
         self._server: asyncio.Server | None = None
 
     async def start(self, listener: socket.socket) -> None:
@@ -54,21 +57,21 @@ class Control:
             self._server.close()
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._open += 1
+        peer = _peer(writer)
+        self._open[peer.uid] += 1
         try:
-            if self._open > MAX_CONNECTIONS:
+            if self._open[peer.uid] > MAX_CONNECTIONS:
                 writer.write(messages.failure("too many connections", hint="try again in a moment"))
                 return
-            await self._converse(reader, writer)
+            await self._converse(reader, writer, peer)
         except (ConnectionError, TimeoutError):
             pass
         finally:
-            self._open -= 1
+            self._open[peer.uid] -= 1
             with contextlib.suppress(ConnectionError, TimeoutError):
                 await asyncio.wait_for(_close(writer), IDLE_SECONDS)
 
-    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        peer = _peer(writer)
+    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: Peer) -> None:
         while True:
             try:
                 frame = await asyncio.wait_for(reader.readline(), IDLE_SECONDS)
