@@ -15,9 +15,10 @@ from dataclasses import dataclass, field
 from itertools import chain
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
+from initd import memory
 from initd.core.membership import Membership
 from initd.core.policy import Feed, changes, widens
-from initd.core.ruleset import Surroundings, compile_ruleset
+from initd.core.ruleset import Element, Surroundings, compile_ruleset
 from initd.errors import PrivilegeError
 from initd.kernel import conntrack
 from initd.network import neighbourhood
@@ -91,6 +92,7 @@ class Live:
         self.now: InForce | None = None
         self.last_reload: Reloaded | None = None
         self._changing = asyncio.Lock()
+        self._writing = asyncio.Lock()
         self._options: GuardOptions | None = None
         # python-iptables must not be entered twice, and pyroute2's sync sockets not from a running loop.
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="netfilter")
@@ -129,6 +131,8 @@ class Live:
                 )
             change = changes(old, policy)
             closed = await self._put(loaded, self.parts.enforcer.enforce)
+            # Before anybody is told: a warden that is killed now must not bring the old policy back.
+            await self._try_to_write_down()
             fresh = set(literal_names(policy)) - set(literal_names(old))
             resolution = await self.resolve(fresh, within=within)
             self.last_reload = Reloaded(
@@ -146,6 +150,19 @@ class Live:
             ms=round(self.last_reload.seconds * 1000, 1),
         )
         return self.last_reload
+
+    async def write_down(self) -> None:
+        """Save what is in force, for people and for the next warden. Raises OSError."""
+        async with self._writing:  # what was gathered later must not be overtaken by what was gathered earlier
+            document = memory.remember(self, now=time.time())
+            for directory in (self.parts.settings.run_dir, self.parts.settings.state_dir):
+                await asyncio.to_thread(memory.save, document, directory / memory.FILE)
+
+    async def _try_to_write_down(self) -> None:
+        try:
+            await self.write_down()
+        except OSError as error:
+            self.parts.log.error("state.unsaved", reason=str(error), effect="a restart forgets what is in force")
 
     async def resolve(self, names: Iterable[str], *, within: float) -> Resolution:
         """Resolve `names` through the guard, so that their addresses are in the learned set."""
@@ -167,12 +184,32 @@ class Live:
                 entries=len(ruleset.static) + len(ruleset.private),
                 ms=round((time.monotonic() - started) * 1000, 1),
             )
-        first, self.now = self.now is None, InForce(loaded, lookup, ruleset)
+        before, self.now = self.now, InForce(loaded, lookup, ruleset)
         names = {lease.address: lease.name for lease in self.parts.guard.leases}
         options = guard_options(self.parts.settings, policy, chain.from_iterable(self._networks().values()))
         self.parts.guard.set_policy(lookup.decide, options=None if options == self._options else options)
         self._options = options
-        return () if first else await self.in_worker(self._cut, ruleset, names)
+        if before is None:
+            return ()
+        if before.policy != policy:
+            self._forget_strays(await self.in_worker(self.parts.backend.learned))
+        return await self.in_worker(self._cut, ruleset, names)
+
+    def _forget_strays(self, learned: Iterable[Element]) -> None:
+        """Forget learned elements without a lease: what a warden learned just before it was killed.
+
+        Nobody knows any more which name they belong to, so no change of the policy would ever take them away. `learned`
+        was read before this looks at the leases, and a lease is there before anything else runs.
+        """
+        leased = {
+            (lease.address, service.proto, service.port)
+            for lease in self.parts.guard.leases
+            for service in lease.services
+        }
+        strays = [one for one in learned if (one.network.network_address, one.proto, one.port) not in leased]
+        if strays:
+            self.parts.backend.forget(strays)
+            self.parts.log.info("strays.forgotten", elements=len(strays))
 
     def _compile(self, policy: Policy) -> Ruleset:
         around = Surroundings(

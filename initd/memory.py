@@ -11,13 +11,17 @@ import os
 import time
 import tomllib
 from dataclasses import dataclass, field
+from ipaddress import ip_network
 from typing import TYPE_CHECKING, Any
 
 import tomli_w
 
+from initd.core.policy import Feed
+
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from initd.core.ruleset import IPNetwork
     from initd.live import Live
 
 FILE = "state.toml"
@@ -36,7 +40,7 @@ class State:
     source: str
     saved: float
     upstreams: tuple[str, ...] = ()
-    feeds: dict[str, list[str]] = field(default_factory=dict)
+    feeds: dict[Feed, tuple[IPNetwork, ...]] = field(default_factory=dict)
     leases: dict[str, Any] = field(default_factory=dict)
 
     def age(self, now: float) -> float:
@@ -51,7 +55,7 @@ def remember(live: Live, *, now: float) -> State:
         source=live.in_force.loaded.source,
         saved=now,
         upstreams=tuple(str(one.address) for one in sorted(live.upstreams)),
-        feeds={feed.value: [str(network) for network in networks] for feed, networks in live.feeds.items()},
+        feeds=dict(live.feeds),
         leases=live.parts.guard.leases.to_state(time.monotonic()),
     )
 
@@ -64,7 +68,7 @@ def save(state: State, path: Path) -> None:
         "source": state.source,
         "upstreams": list(state.upstreams),
         "policy": state.policy,
-        "feeds": state.feeds,
+        "feeds": {feed.value: [str(network) for network in networks] for feed, networks in state.feeds.items()},
         "leases": state.leases,
     }
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -98,7 +102,7 @@ def load(path: Path) -> State | None:
             source=_typed(data, "source", str),
             saved=float(data["saved"]),
             upstreams=tuple(map(str, data["upstreams"])),
-            feeds={str(key): [str(one) for one in value] for key, value in _typed(data, "feeds", dict).items()},
+            feeds={Feed(key): tuple(map(ip_network, texts)) for key, texts in _typed(data, "feeds", dict).items()},
             leases=_typed(data, "leases", dict),
         )
     except (KeyError, TypeError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:

@@ -53,6 +53,11 @@ async def _serve(settings: Settings, handover: Handover, backend: Backend, *, lo
     )
     live = Live(Parts(backend, Enforcer(backend), guard, settings, log), resolv.upstreams)
     feed = GithubFeed(settings, live)
+    if not handover.resuming:
+        # A namespace may outlive a box: what the last one learned is not ours.
+        backend.forget(backend.learned())
+    elif saved:
+        live.feeds = dict(saved.feeds)  # the ranges stay where they are until they are fetched again
     await live.start(loaded, resuming=handover.resuming)
     if saved:
         guard.restore(from_state(saved.leases), elapsed=saved.age(time.time()))
@@ -68,6 +73,7 @@ async def _serve(settings: Settings, handover: Handover, backend: Backend, *, lo
         await _verify(settings, operations, log=log)
     for warning in operations.warnings():
         log.warning("box.warning", text=warning)
+    await live.write_down()  # from here on we may be killed and have to resume
     keeping.tell("armed")
     log.info("warden.armed", generation=handover.generation, leases=len(guard.leases))
 

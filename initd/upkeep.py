@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from typing import TYPE_CHECKING
 
-from initd import memory
 from initd.kernel import conntrack
 
 if TYPE_CHECKING:
@@ -22,7 +20,10 @@ HEARTBEAT = 5.0
 """Seconds between signs of life; the keeper waits for four of them."""
 
 SWEEP = 10.0
-"""Seconds between looks at open connections and resolv.conf."""
+"""Seconds between looks at open connections and resolv.conf; twice in a grace, or leases in use would end."""
+
+SWEEP_LEAST = 0.5
+"""The same when the grace is shorter than a second."""
 
 SAVE = 2.0
 """Seconds between looks whether anything is worth writing down."""
@@ -43,7 +44,7 @@ class Upkeep:
         duties = [
             asyncio.create_task(feed.keep()),
             asyncio.create_task(self._every(HEARTBEAT, self._heartbeat)),
-            asyncio.create_task(self._every(SWEEP, self._sweep)),
+            asyncio.create_task(self._every(min(SWEEP, max(self._settings.dns_grace / 2, SWEEP_LEAST)), self._sweep)),
             asyncio.create_task(self._every(SAVE, self._save)),
         ]
         try:
@@ -80,7 +81,5 @@ class Upkeep:
         mark = (live.in_force, live.feeds, live.upstreams, guard.stats().counts.forwarded, len(guard.leases))
         if mark == self._written:
             return
-        document = memory.remember(live, now=time.time())
-        for directory in (self._settings.run_dir, self._settings.state_dir):
-            await asyncio.to_thread(memory.save, document, directory / memory.FILE)
+        await live.write_down()
         self._written = mark

@@ -1,4 +1,4 @@
-"""What is not listed is refused within milliseconds, whatever the protocol; the same probes answer without the rules."""
+"""What is not listed is refused within milliseconds, whatever the protocol; without the rules it answers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The warden may die at any moment: rules and connections stay, nothing opens, and soon it is as if nothing had been."""
+"""The warden may die at any moment: rules and connections stay, nothing opens, and soon all is as it was."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import pytest
 
 from tests.support import holding, product
 from tests.support.attempts import attempt, attempt_all, client
+from tests.support.https_server import Meta
 from tests.support.zone import Entry
 
 if TYPE_CHECKING:
@@ -134,10 +135,26 @@ def test_the_policy_in_force_survives_and_the_file_does_not_count(lab: Lab) -> N
     box.write_policy("site.example\nother.example\nv4.example\n")
     kill_warden(box)  # at once: what was answered must have been written down
     assert box.status()["generation"] == 2
-    tried = attempt_all(box, [("tcp", "site.example", 443), ("tcp", "other.example", 443), UNLISTED, ("tcp", "v4.example", 443)])
+    names = ("site.example", "other.example", "203.0.113.20", "v4.example")
+    tried = attempt_all(box, [("tcp", name, 443) for name in names])
     assert [one.error for one in tried] == [None, "EAI_NONAME", "ECONNREFUSED", "EAI_NONAME"]
     assert box.fwctl("reload").returncode == 0
     assert attempt(box, ("tcp", "other.example", 443)).error is None, "now somebody has asked"
+
+
+def test_ranges_that_were_fetched_stay(lab: Lab) -> None:
+    """GitHub's, while the next warden cannot fetch them again."""
+    box = lab.box(policy="@github\n")
+    box.start()
+    static, rules = box.status()["rules"]["static"], holding.rules(lab)
+    assert static > 0
+    lab.web.meta(Meta.ERROR)
+    kill_warden(box)
+    assert box.status()["rules"]["static"] == static
+    assert attempt(box, ("tcp", "192.0.2.100", 443)).error is None
+    time.sleep(1.5)  # it tries to fetch them now
+    assert box.status()["rules"]["static"] == static
+    assert holding.rules(lab) == rules
 
 
 def test_a_broken_file_does_not_stop_a_restart(lab: Lab) -> None:
@@ -169,6 +186,7 @@ def test_a_new_start_inherits_nothing(lab: Lab) -> None:
     first.start()
     assert attempt(first, ("tcp", "other.example", 443)).error is None
     assert first.stop().code == 0
+    lab.clear()
     box = lab.box(policy=holding.POLICY)
     box.start()
     holding.assert_holds(lab, box)
@@ -220,4 +238,5 @@ def test_a_connection_outlives_its_lease_and_nothing_else_does(lab: Lab) -> None
     assert attempt(box, used).error is None, "a second one to the same address, which a client in use expects"
     talk.terminate()
     talk.communicate()
+    assert attempt(box, ("tcp", "a.wild.example", 443)).error is None, "a new question opens it again"
     wait_for(lambda: attempt(box, used).error == "ECONNREFUSED", "refused, its lease over", 15.0)

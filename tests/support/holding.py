@@ -83,9 +83,7 @@ def without_box(lab: Lab, targets: Sequence[Target]) -> list[Attempt]:
 
 def unrefused(targets: Iterable[Target], tried: Iterable[Attempt]) -> dict[Target, Attempt]:
     """The targets that were not refused by a rule: they answered, timed out, or there was no route."""
-    return {
-        target: outcome for target, outcome in zip(targets, tried, strict=True) if outcome.error not in REFUSALS
-    }
+    return {target: outcome for target, outcome in zip(targets, tried, strict=True) if outcome.error not in REFUSALS}
 
 
 def answering(targets: Iterable[Target], tried: Iterable[Attempt]) -> set[Target]:

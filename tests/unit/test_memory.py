@@ -1,17 +1,19 @@
 from __future__ import annotations
 
+from ipaddress import ip_network
 from pathlib import Path
 
 import pytest
 
 from initd import memory
+from initd.core.policy import Feed
 
 FULL = memory.State(
     policy='github.com\n# "quoted" \\ back\n',
     source="file",
     saved=1_700_000_000.25,
     upstreams=("203.0.113.53", "2001:db8::53"),
-    feeds={"github": ["203.0.113.0/24"]},
+    feeds={Feed.GITHUB: (ip_network("203.0.113.0/24"),)},
     leases={"github.com": {"203.0.113.7": {"expires": 1_700_000_100.0, "services": ["443/tcp"]}}},
 )
 
