@@ -162,7 +162,7 @@ class Live:
         try:
             await self.write_down()
         except OSError as error:
-            self.parts.log.error("state.unsaved", reason=str(error), effect="a restart forgets what is in force")
+            self.parts.log.warning("state.unsaved", reason=str(error), effect="a restart forgets this reload")
 
     async def resolve(self, names: Iterable[str], *, within: float) -> Resolution:
         """Resolve `names` through the guard, so that their addresses are in the learned set."""

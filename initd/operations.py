@@ -121,7 +121,8 @@ class Operations:
     async def verify(self) -> tuple[verify.Check, ...]:
         """Try as the session user; EnforcementError when the probe itself could not run."""
         now = self._live.in_force
-        plan = verify.plan(now.policy, now.lookup, sorted(self._live.upstreams), guard="127.0.0.1")
+        resolved = self._live.parts.guard.leases.names()
+        plan = verify.plan(now.policy, now.lookup, sorted(self._live.upstreams), guard="127.0.0.1", resolved=resolved)
         return verify.judge(await self._keeping.probe(plan))
 
     async def _health(self, _request: Request, _peer: Peer) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from initd.core.policy import Service, Verdict
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Collection, Iterable, Sequence
 
     from initd.core.policy import Lookup, Policy
     from initd.core.ruleset import Endpoint
@@ -44,8 +44,14 @@ class Check:
     fatal: bool
 
 
-def plan(policy: Policy, lookup: Lookup, upstreams: Iterable[Endpoint], *, guard: str) -> dict[str, Any]:
-    """What to try under `policy`; `guard` is the address sessions resolve at."""
+def plan(
+    policy: Policy, lookup: Lookup, upstreams: Iterable[Endpoint], *, guard: str, resolved: Collection[str]
+) -> dict[str, Any]:
+    """What to try under `policy`; `guard` is the address sessions resolve at.
+
+    Only `resolved` names are to be reached, when there are any: one without an answer would hold a start up for the five
+    seconds that libc waits.
+    """
     https = Service("tcp", 443)
     bare = [text for text in UNLISTED if not lookup.decide_address(ip_address(text), https)]
     v4, v6 = ([text for text in bare if (":" in text) == six][:1] for six in (False, True))
@@ -63,7 +69,7 @@ def plan(policy: Policy, lookup: Lookup, upstreams: Iterable[Endpoint], *, guard
         "connect": [[text, 443] for text in v4 + v6] + [[text, 80] for text in metadata],
         "datagram": [[str(e.address), e.port] for e in list(upstreams)[:2]] + [[text, 53] for text in v4 + v6],
         "ask": [[guard, name] for name in unlisted],
-        "reach": listed[:5],
+        "reach": [one for one in listed if one[0] in resolved][:5] or listed[:1],
     }
 
 
