@@ -49,8 +49,8 @@ def plan(
 ) -> dict[str, Any]:
     """What to try under `policy`; `guard` is the address sessions resolve at.
 
-    Only `resolved` names are to be reached, when there are any: one without an answer would hold a start up for the five
-    seconds that libc waits.
+    Only `resolved` names are to be reached, when there are any: one without an answer would hold a start up for the
+    five seconds that libc waits.
     """
     https = Service("tcp", 443)
     bare = [text for text in UNLISTED if not lookup.decide_address(ip_address(text), https)]
