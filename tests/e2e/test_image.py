@@ -60,7 +60,7 @@ def test_what_the_engine_reads(world):
     config = json.loads(world.engine.docker("image", "inspect", "initd:local").stdout)[0]["Config"]
     assert config["StopSignal"] == "SIGTERM"
     assert config["Healthcheck"]["Test"] == ["CMD", "fwctl", "health"]
-    assert config["Entrypoint"][0] == "/usr/local/bin/initd"
+    assert config["Entrypoint"][:3] == ["/usr/bin/env", "--block-signal", "/usr/local/bin/initd"]
     assert config["User"] == ""
     assert config["Labels"]["org.opencontainers.image.licenses"] == "MIT"
     assert any(word.startswith("PATH=/usr/local/lib/initd/shims:") for word in config["Env"])
