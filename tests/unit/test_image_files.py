@@ -48,13 +48,15 @@ def test_the_last_stage_is_debian_and_final_stages_clean_up():
 
 
 def test_both_targets_end_alike():
+    """But for the entry point: BusyBox's env cannot block signals."""
     parts = stages((IMAGE / "Dockerfile").read_text())
 
     def end(name):
-        return parts[name].partition("COPY --from=")[2].replace(name, "TARGET").split("# ----")[0].strip()
+        lines = parts[name].partition("COPY --from=")[2].replace(name, "TARGET").split("# ----")[0].splitlines()
+        return [line for line in lines if line and not line.startswith("#")]
 
-    assert end("debian") == end("alpine")
-    assert "ENTRYPOINT" in end("debian")
+    assert end("debian")[:-1] == end("alpine")[:-1]
+    assert all(end(name)[-1].startswith("ENTRYPOINT") for name in ("debian", "alpine"))
 
 
 def test_no_frontend_from_a_registry():
