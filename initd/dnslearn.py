@@ -52,6 +52,8 @@ class Learner:
         """Put `held` into the set for `lifetime` seconds; False when the kernel refuses, None when others had to go."""
         grant = self.leases.grant(held.name, held.addresses, held.services, lifetime=lifetime, now=now)
         if not self._learn(grant.insert):
+            # Some may have got in before the one that did not; an element without a lease would never be taken back.
+            self._forget([element for element, _ in grant.insert if not self.leases.needs(element)])
             return False
         evicted = self.leases.commit(grant)
         self._forget(evicted)

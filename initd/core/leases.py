@@ -146,7 +146,7 @@ class Leases:
             if not services:
                 removed.append(lease)
         self._remove(removed)
-        return [element for element in dict.fromkeys(before) if not self._wanted(element)], gained
+        return [element for element in dict.fromkeys(before) if not self.needs(element)], gained
 
     def sweep(self, now: float, in_use: Collection[IPAddress]) -> tuple[list[tuple[Element, int]], list[Element]]:
         """Extend what ends before the next sweep and has an open connection; end what is over.
@@ -171,6 +171,15 @@ class Leases:
             name: {str(address): math.ceil(lease.expires - now) for address, lease in held.items()}
             for name, held in self._by_name.items()
         }
+
+    def needs(self, element: Element) -> bool:
+        """Whether some lease needs `element` in the kernel."""
+        holders = self._by_address.get(element.network.network_address, {})
+        return any(
+            service.port == element.port and service.proto == element.proto
+            for lease in holders.values()
+            for service in lease.services
+        )
 
     def _elements(
         self, address: IPAddress, services: Iterable[Service], *, expires: float, now: float
@@ -198,15 +207,7 @@ class Leases:
             if not holders:
                 del self._by_address[lease.address]
             elements.update((_element(lease.address, service), None) for service in lease.services)
-        return [element for element in elements if not self._wanted(element)]
-
-    def _wanted(self, element: Element) -> bool:
-        holders = self._by_address.get(element.network.network_address, {})
-        return any(
-            service.port == element.port and service.proto == element.proto
-            for lease in holders.values()
-            for service in lease.services
-        )
+        return [element for element in elements if not self.needs(element)]
 
 
 def from_state(data: Any) -> dict[str, dict[IPAddress, int]]:

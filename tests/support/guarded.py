@@ -30,11 +30,12 @@ Handler = Callable[[bytes, str], "list[bytes] | None"]
 
 
 class MemorySet:
-    """What a backend's learned set is to the guard; `broken` makes the kernel refuse."""
+    """What a backend's learned set is to the guard; `broken` makes the kernel refuse, `room` is what it can hold."""
 
     def __init__(self, events: list[tuple[Any, ...]]) -> None:
         self.elements: dict[Element, float] = {}
         self.broken = False
+        self.room = 65536
         self.calls = 0
         self._events = events
 
@@ -44,6 +45,8 @@ class MemorySet:
             raise KernelError("Hash is full, cannot add more elements")
         for element, seconds in elements:
             assert seconds > 0
+            if element not in self.elements and len(self.elements) >= self.room:
+                raise KernelError("Hash is full, cannot add more elements")
             self.elements[element] = time.monotonic() + seconds
             self._events.append(("learn", str(element.network.network_address)))
 

@@ -197,6 +197,15 @@ class TestBeforeTheAnswer:
             assert (await lab.ask("four.example")).addresses == ["203.0.113.4"]
 
     @scenario
+    async def test_what_got_in_before_the_refusal_is_taken_back(self):
+        async with guarded() as lab:
+            await lab.ask("four.example")
+            lab.upstream.zone["site.example"] = ["203.0.113.4", "203.0.113.1", "203.0.113.2"]
+            lab.kernel.room = len(lab.kernel.elements) + 2
+            assert (await lab.ask("site.example")).rcode == "SERVFAIL"
+            assert lab.kernel.addresses() == {"203.0.113.4"}
+
+    @scenario
     async def test_ttl_zero_is_usable_and_not_kept(self):
         async with guarded() as lab:
             lab.upstream.ttl = 0
