@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from initd.dnsguard import GuardStats
     from initd.keeping import Keeping
     from initd.live import Live
+    from initd.recorder import Recorder
     from initd.settings import Settings
 
 RESOLVE_SECONDS = 5.0
@@ -33,10 +34,11 @@ SHOWN = 200
 class Operations:
     """Carries out requests against `live`; `keeping` runs probes as the session user."""
 
-    def __init__(self, settings: Settings, live: Live, keeping: Keeping) -> None:
+    def __init__(self, settings: Settings, live: Live, keeping: Keeping, recorder: Recorder) -> None:
         self._settings = settings
         self._live = live
         self._keeping = keeping
+        self._recorder = recorder
         self._started = time.monotonic()
         self._operations: dict[str, Callable[[Request, Peer], Awaitable[dict[str, Any]]]] = {
             "status": self._status,
@@ -80,6 +82,7 @@ class Operations:
             },
             "guard": _guard(guard),
             "refused": dict(counters.refused),
+            "refusals": self._recorder.summary(time.time()),
             "last_reload": last
             and {
                 "ago": round(time.time() - last.at, 1),
@@ -123,7 +126,8 @@ class Operations:
         now = self._live.in_force
         resolved = self._live.parts.guard.leases.names()
         plan = verify.plan(now.policy, now.lookup, sorted(self._live.upstreams), guard="127.0.0.1", resolved=resolved)
-        return verify.judge(await self._keeping.probe(plan))
+        with self._recorder.unrecorded(plan):
+            return verify.judge(await self._keeping.probe(plan))
 
     async def _health(self, _request: Request, _peer: Peer) -> dict[str, Any]:
         checks = await examine(self._settings, self._live)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from initd.core.events import COMMAND_LENGTH, Actor, Session, printable
-from initd.core.refusals import Throttle
+from initd.core.throttle import Throttle
 from initd.kernel.netlink import NetlinkRefusal
 from initd.kernel.sockdiag import Sockets
 
@@ -71,7 +71,8 @@ class Owners:
             return _actor(uid)
         (leader,) = sessions
         tty = next((one.tty for one in processes if one.tty), None)
-        session = Session(leader, tty, self._command(leader) or "unknown")
+        # 0: the leader is in another PID namespace, and what is outside cannot be told apart.
+        session = Session(leader, tty, self._command(leader) or "unknown") if leader else None
         if len(processes) > 1:
             return _actor(uid, session=session)
         return _actor(uid, pid=processes[0].pid, command=self._command(processes[0].pid), session=session)

@@ -10,19 +10,20 @@ import contextlib
 import json
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
-from initd.core.events import SUBJECT_LENGTH, Event, Ring, Row, from_dict, printable
+from initd.core.events import SUBJECT_LENGTH, Event, Ring, Row, from_dict
 from initd.core.policy import Verdict
 from initd.core.special import special_of
+from initd.core.throttle import Throttle
 from initd.kernel.netlink import NetlinkRefusal
 from initd.kernel.nflog import PacketLog
 from initd.owner import Owners
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from initd.core.ruleset import IPAddress
@@ -62,6 +63,7 @@ class Recorder:
         self._names_of = names_of
         self._log = log
         self._owners = Owners()
+        self._loud = Throttle(10, 20)
         self._packets: PacketLog | None = None
         self._seen = {"packets": 0, "questions": 0}
         self._written = 0
@@ -92,14 +94,27 @@ class Recorder:
         lost = 0 if self._packets is None else self._packets.lost
         return Figures(self._seen["packets"], self._seen["questions"], lost, listening=self._packets is not None)
 
+    def summary(self, now: float) -> dict[str, Any]:
+        """The last hour's refusals and its three largest, how much was taken in, and what of it was lost."""
+        busy = [(row.within_hour(now), row) for row in self.ring if not row.event.allowed]
+        top = sorted(((count, row) for count, row in busy if count), key=lambda one: (-one[0], -one[1].number))
+        return {
+            **asdict(self.figures()),
+            "rows": len(self.ring),
+            "forgotten": self.ring.forgotten,
+            "hour": sum(count for count, _ in busy),
+            "top": [{"count": count, "subject": row.event.subject, "port": row.event.port} for count, row in top[:3]],
+        }
+
     @contextlib.contextmanager
-    def unrecorded(self, plan: dict[str, Any]) -> Any:
+    def unrecorded(self, plan: dict[str, Any]) -> Iterator[None]:
         """While a verification runs: what it tries on purpose is nobody's refusal."""
         tried = {(str(host), int(port)) for key in ("connect", "datagram") for host, port in plan[key]}
         self._own = frozenset(tried | {(str(name), None) for _, name in plan["ask"]})
         try:
             yield
         finally:
+            self._readable()  # the last of them may still be waiting
             self._own = frozenset()
 
     def question(self, asked: Asked) -> None:
@@ -109,8 +124,7 @@ class Recorder:
             return
         actor = self._owners.of("tcp" if asked.stream else "udp", *_ends(asked.peer))
         reason = "denied" if asked.verdict is Verdict.DENIED else "unlisted"
-        subject = printable(asked.name.replace("\\", "\\\\") if asked.name.isprintable() else asked.name, SUBJECT_LENGTH)
-        self._note(Event("name", subject, asked.type, reason, allowed=asked.allowed, actor=actor))
+        self._note(Event("name", asked.name[:SUBJECT_LENGTH], asked.type, reason, allowed=asked.allowed, actor=actor))
 
     def packet(self, packet: Packet) -> None:
         """A packet that the rules refused, or in audit mode would have."""
@@ -140,7 +154,7 @@ class Recorder:
 
     def _note(self, event: Event) -> None:
         row = self.ring.add(event, time.time())
-        if row.count == 1:
+        if row.count == 1 and self._loud.allows(time.monotonic()):
             self._log.info("refused" if not event.allowed else "audit.allowed", **_shown(event))
 
     def _readable(self) -> None:
@@ -173,16 +187,16 @@ def _shown(event: Event) -> dict[str, Any]:
 
 
 def append(path: Path, text: str) -> None:
-    """Append to the file, turning it over at `FILE_MOST` bytes. Not readable by sessions: command lines hold secrets."""
+    """Append, turning the file over at `FILE_MOST` bytes. Sessions may not read it: command lines hold secrets."""
     with contextlib.suppress(FileNotFoundError):
         if path.stat().st_size + len(text) > FILE_MOST:
             path.replace(path.with_name(f"{path.name}.1"))
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    with open(descriptor, "w", encoding="utf-8") as file:
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
         file.write(text)
 
 
-def load(path: Path) -> Iterable[Row]:
+def load(path: Path) -> Iterator[Row]:
     """Rows that a predecessor wrote, oldest first; a line that is none is left out."""
     for one in (path.with_name(f"{path.name}.1"), path):
         try:

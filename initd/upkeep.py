@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from initd.feeds import GithubFeed
     from initd.keeping import Keeping
     from initd.live import Live
+    from initd.recorder import Recorder
     from initd.resolvconf import ResolvConf
     from initd.settings import Settings
 
@@ -32,11 +33,14 @@ SAVE = 2.0
 class Upkeep:
     """The warden's recurring duties; `run` returns when the keeper says stop."""
 
-    def __init__(self, settings: Settings, live: Live, resolv: ResolvConf, keeping: Keeping) -> None:
+    def __init__(
+        self, settings: Settings, live: Live, resolv: ResolvConf, keeping: Keeping, recorder: Recorder
+    ) -> None:
         self._settings = settings
         self._live = live
         self._resolv = resolv
         self._keeping = keeping
+        self._recorder = recorder
         self._written: object = None
 
     async def run(self, feed: GithubFeed) -> None:
@@ -46,6 +50,7 @@ class Upkeep:
             asyncio.create_task(self._every(HEARTBEAT, self._heartbeat)),
             asyncio.create_task(self._every(min(SWEEP, max(self._settings.dns_grace / 2, SWEEP_LEAST)), self._sweep)),
             asyncio.create_task(self._every(SAVE, self._save)),
+            asyncio.create_task(self._every(SAVE, self._record)),
         ]
         try:
             await self._keeping.stopping.wait()
@@ -73,6 +78,9 @@ class Upkeep:
             self._live.upstreams = frozenset(upstreams)
             await self._live.refresh()  # the rules first: the guard must not ask where it may not go
             self._live.parts.guard.set_upstreams(upstreams)
+
+    async def _record(self) -> None:
+        self._recorder.write()
 
     async def _save(self) -> None:
         """Write the state for people and for the next warden, when anything but the passing of time changed it."""

@@ -64,7 +64,7 @@ class Event:
 
 @dataclass(slots=True)
 class Row:
-    """Events that were the same. `number` grows with every event of the ring: whoever follows asks for what is above."""
+    """Events that were the same. `number` grows with every event of the ring: who follows asks for what is above."""
 
     event: Event
     count: int
@@ -147,9 +147,7 @@ def _key(event: Event) -> Event:
     if event.kind == "name" and event.proto in {"A", "AAAA"}:
         return Event("name", event.subject, "A", event.reason, allowed=event.allowed, actor=event.actor)
     address = None if event.address != event.subject else event.address
-    return Event(
-        event.kind, event.subject, event.proto, event.reason, address, event.port, event.allowed, event.actor
-    )
+    return Event(event.kind, event.subject, event.proto, event.reason, address, event.port, event.allowed, event.actor)
 
 
 def printable(text: str, most: int) -> str:

@@ -1,42 +1,6 @@
-"""Which names were refused, how often and when: a bounded table that forgets the ones not seen for longest."""
+"""A bound on how often something may happen; the clock is the caller's (monotonic seconds)."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-
-MOST = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class RefusedName:
-    """`type` as a mnemonic; `first` and `last` are the caller's clock (seconds since the epoch)."""
-
-    name: str
-    type: str
-    count: int
-    first: float
-    last: float
-
-
-class Refusals:
-    """The table."""
-
-    def __init__(self, most: int = MOST) -> None:
-        self._most = most
-        self._seen: dict[tuple[str, str], tuple[int, float, float]] = {}
-
-    def add(self, name: str, qtype: str, now: float) -> bool:
-        """Count one refusal; True when it is new to the table."""
-        key = (name, qtype)
-        count, first, _ = self._seen.pop(key, (0, now, now))
-        self._seen[key] = (count + 1, first, now)
-        if len(self._seen) > self._most:
-            del self._seen[next(iter(self._seen))]
-        return count == 0
-
-    def listing(self) -> list[RefusedName]:
-        """Latest last."""
-        return [RefusedName(name, qtype, *value) for (name, qtype), value in self._seen.items()]
 
 
 class Throttle:

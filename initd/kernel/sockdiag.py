@@ -41,7 +41,7 @@ class Sockets(Netlink):
         super().__init__(SOCK_DIAG)
 
     def owner(self, proto: str, near: End, far: End) -> Owned | None:
-        """The socket that talks from `near` to `far` (or, for UDP, is merely bound to `near`); None when there is none."""
+        """The socket that talks from `near` to `far` (or, for UDP, is bound to `near`); None when there is none."""
         if proto not in _PROTO:
             return None
         one, other = (far, near) if proto == "udp" else (near, far)
