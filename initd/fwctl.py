@@ -9,28 +9,18 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from initd import __version__, report
-from initd.core import messages
+from initd import __version__, inquiry, narrative, report
+from initd.asking import UnavailableError, ask
 from initd.errors import ConfigError, InitdError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-TIMEOUT = 60.0
-"""Seconds that the warden may take for one answer; a reload resolves names, a verification waits for time-outs."""
-
 USAGE = 64
-
-
-class UnavailableError(InitdError):
-    """No warden answers here (EX_UNAVAILABLE)."""
-
-    code = 69
 
 
 class Parser(argparse.ArgumentParser):
@@ -70,6 +60,7 @@ def parser() -> Parser:
     check.add_argument("file", nargs="?", metavar="FILE", help="default: the box's own policy file; - reads stdin")
     test = command("test", "say what would happen to a connection, and which line decides")
     test.add_argument("target", metavar="HOST[:PORT]", help="a name or an address; port 443 when left out")
+    inquiry.add_commands(command)
     command("health", "check that the box is ready, enforced and usable; exit 1 says no")
     command("verify", "try, as the session user, that the unlisted is refused and the listed answers")
     command("version", "print the version")
@@ -81,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
         answer, code = COMMANDS[arguments.command](arguments)
-        text = json.dumps(answer) if arguments.json else report.TEXT[arguments.command](answer, color=_color())
+        text = json.dumps(answer) if arguments.json else TEXT[arguments.command](answer, color=report.color())
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
     except InitdError as error:
@@ -101,10 +92,6 @@ def _fail(error: InitdError, *, as_json: bool) -> int:
     else:
         sys.stderr.write(f"fwctl: {error}\n")
     return error.code
-
-
-def _color() -> bool:
-    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
 
 def _status(_: argparse.Namespace) -> tuple[dict[str, Any], int]:
@@ -165,39 +152,11 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], int]]] 
     "health": _health,
     "verify": _verify,
     "version": _version,
+    **inquiry.COMMANDS,
 }
 
 
-def ask(op: str, **fields: str) -> dict[str, Any]:
-    """One request to the warden. Raises UnavailableError, or the error that the warden answered with."""
-    path = Path(os.environ.get("INITD_RUN_DIR") or "/run/initd") / "control.sock"
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-            sock.settimeout(TIMEOUT)
-            sock.connect(str(path))
-            sock.sendall(messages.request(op, **fields))
-            with sock.makefile("rb") as lines:
-                line = lines.readline(messages.MAX_MESSAGE + 1)
-        answer = json.loads(line)
-    except (FileNotFoundError, ConnectionRefusedError) as error:
-        raise UnavailableError(f"no box is running here ({path})", hint=_why_not(path.parent)) from error
-    except TimeoutError as error:
-        raise UnavailableError(f"the warden did not answer within {TIMEOUT:.0f} s", hint="see the box's log") from error
-    except (OSError, ValueError) as error:
-        hint = "it may be restarting: try again, and see the box's log"
-        raise UnavailableError(f"the warden closed the connection: {error}", hint=hint) from error
-    if answer["ok"]:
-        return dict(answer["result"])
-    failure = InitdError(answer["error"]["message"], hint=answer["error"]["hint"])
-    failure.code = answer["error"]["code"]
-    raise failure
-
-
-def _why_not(run_dir: Path) -> str:
-    try:
-        return f"the start failed: {(run_dir / 'failed').read_text(encoding='utf-8').strip()}"
-    except OSError:
-        return "start it with `docker compose up -d`, and see `docker compose logs` if it does not stay up"
+TEXT: dict[str, Callable[..., str]] = {**report.TEXT, **narrative.TEXT}
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from initd import __version__, verify
+from initd import __version__, verify, why
 from initd.core.membership import Membership
 from initd.explain import explain
 from initd.health import examine
@@ -46,6 +46,9 @@ class Operations:
             "test": self._test,
             "verify": self._verify,
             "health": self._health,
+            "log": self._log,
+            "why": self._why,
+            "suggest": self._suggest,
         }
 
     async def handle(self, request: Request, peer: Peer) -> dict[str, Any]:
@@ -113,6 +116,15 @@ class Operations:
         now = self._live.in_force
         held = Membership([*now.ruleset.static, *now.ruleset.private, *self._live.parts.backend.learned()])
         return explain(request.fields["target"], now.lookup, held)
+
+    async def _log(self, request: Request, _peer: Peer) -> dict[str, Any]:
+        return why.rows_after(self._recorder, request.fields["after"])
+
+    async def _why(self, request: Request, _peer: Peer) -> dict[str, Any]:
+        return why.why(request.fields["target"], self._live, self._recorder, self._settings)
+
+    async def _suggest(self, _request: Request, _peer: Peer) -> dict[str, Any]:
+        return why.suggestions(self._live, self._recorder, self._settings)
 
     async def _verify(self, _request: Request, _peer: Peer) -> dict[str, Any]:
         checks = await self.verify()

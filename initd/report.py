@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TYPE_CHECKING, Any
+
+from initd.core.spans import show_span
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -29,9 +33,10 @@ def size_of(policy: Policy) -> dict[str, int]:
 def status(answer: dict[str, Any], *, color: bool) -> str:
     """The page one looks at."""
     policy, guard, rules = answer["policy"], answer["guard"], answer["rules"]
-    state = _paint("enforcing" if answer["ready"] else "starting", GREEN if answer["ready"] else YELLOW, color=color)
+    state = paint("enforcing" if answer["ready"] else "starting", GREEN if answer["ready"] else YELLOW, color=color)
     lines = [
-        f"{state}  backend {answer['backend']}, up {_span(answer['uptime'])}, warden started {answer['generation']}x",
+        f"{state}  backend {answer['backend']}, up {show_span(answer['uptime'])}, "
+        f"warden started {answer['generation']}x",
         f"policy    {policy['source']}: {_sizes(policy)}",
         f"rules     {rules['static']} static, {rules['private']} private, {rules['learned']} learned elements",
         (
@@ -43,32 +48,32 @@ def status(answer: dict[str, Any], *, color: bool) -> str:
     ]
     if last := answer["last_reload"]:
         lines.append(
-            f"reload    {_span(last['ago'])} ago: +{last['added']} -{last['removed']}, closed {last['closed']}"
+            f"reload    {show_span(last['ago'])} ago: +{last['added']} -{last['removed']}, closed {last['closed']}"
         )
-    lines += [f"{_paint('warning', YELLOW, color=color)}   {text}" for text in answer["warnings"]]
+    lines += [f"{paint('warning', YELLOW, color=color)}   {text}" for text in answer["warnings"]]
     return "\n".join(lines)
 
 
 def reload(answer: dict[str, Any], *, color: bool) -> str:
     """What changed, and what was closed by it."""
-    lines = [_paint(f"reloaded in {answer['ms']:.0f} ms", GREEN, color=color) + f": {_sizes(answer['policy'])}"]
+    lines = [paint(f"reloaded in {answer['ms']:.0f} ms", GREEN, color=color) + f": {_sizes(answer['policy'])}"]
     for key, mark in (("added", "+"), ("removed", "-"), ("closed", "closed ")):
         lines += _bounded([f"  {mark}{text}" for text in answer[key]], answer[f"{key}_total"])
     if not answer["added_total"] and not answer["removed_total"]:
         lines.append("  nothing changed")
-    lines += [f"{_paint('warning', YELLOW, color=color)}: {text}" for text in answer["warnings"]]
+    lines += [f"{paint('warning', YELLOW, color=color)}: {text}" for text in answer["warnings"]]
     return "\n".join(lines)
 
 
 def check(answer: dict[str, Any], *, color: bool) -> str:
     """A valid file; an invalid one is an error and never gets here as text."""
-    return f"{answer['file']}: {_paint('valid', GREEN, color=color)}: {_sizes(answer)}"
+    return f"{answer['file']}: {paint('valid', GREEN, color=color)}: {_sizes(answer)}"
 
 
 def test(answer: dict[str, Any], *, color: bool) -> str:
     """The decision, and the line it comes from."""
     allowed = answer["allowed"]
-    word = _paint("allowed" if allowed else "refused", GREEN if allowed else RED, color=color)
+    word = paint("allowed" if allowed else "refused", GREEN if allowed else RED, color=color)
     lines = [f"{answer['target']}: {word}: {answer['reason']}"]
     lines += [f"  line {one['line']}: {one['text']}" for one in answer["lines"]]
     return "\n".join(lines)
@@ -78,9 +83,9 @@ def checks(answer: dict[str, Any], *, color: bool) -> str:
     """A list of checks, each with what was seen."""
     good = answer.get("healthy", answer.get("verified"))
     words = ("healthy", "unhealthy") if "healthy" in answer else ("verified", "NOT verified")
-    lines = [_paint(words[0] if good else words[1], GREEN if good else RED, color=color)]
+    lines = [paint(words[0] if good else words[1], GREEN if good else RED, color=color)]
     for one in answer["checks"]:
-        mark = _paint("ok  ", GREEN, color=color) if one["ok"] else _paint("FAIL", RED, color=color)
+        mark = paint("ok  ", GREEN, color=color) if one["ok"] else paint("FAIL", RED, color=color)
         lines.append(f"  {mark} {one['name']}: {one['detail']}")
     return "\n".join(lines)
 
@@ -101,7 +106,13 @@ TEXT: dict[str, Callable[..., str]] = {
 }
 
 
-def _paint(text: str, code: str, *, color: bool) -> str:
+def color() -> bool:
+    """Whether stdout is a terminal whose user has nothing against colour (no-color.org)."""
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
+
+
+def paint(text: str, code: str, *, color: bool) -> str:
+    """`text` in a colour, when there may be one."""
     return f"{code}{text}{PLAIN}" if color else text
 
 
@@ -113,18 +124,6 @@ def _bounded(lines: list[str], total: int) -> list[str]:
 def _sizes(answer: dict[str, Any]) -> str:
     words = [f"{answer[key]} {key}" for key in ("names", "wildcards", "ranges", "feeds", "exceptions") if answer[key]]
     return ", ".join(words) or "empty: nothing may be reached"
-
-
-def _span(seconds: float) -> str:
-    """A duration in its two largest units."""
-    left, words = int(seconds), []
-    for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
-        if left >= size:
-            words.append(f"{left // size}{unit}")
-            left %= size
-    if len(words) < 2:
-        words.append(f"{left}s")
-    return " ".join(words[:2])
 
 
 def _upstream(server: dict[str, Any]) -> str:
