@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -156,7 +157,11 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], int]]] 
 }
 
 
-TEXT: dict[str, Callable[..., str]] = {**report.TEXT, **narrative.TEXT}
+TEXT: dict[str, Callable[..., str]] = {
+    **report.TEXT,
+    **narrative.TEXT,
+    "status": partial(report.status, width=narrative.terminal_width()),
+}
 
 
 if __name__ == "__main__":

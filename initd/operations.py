@@ -58,7 +58,10 @@ class Operations:
     def warnings(self) -> list[str]:
         """What the operator should know, in words."""
         how = self._writable()
-        return [f"a session can change its own policy: {how}; mount it read-only"] if how else []
+        found = [f"a session can change its own policy: {how}; mount it read-only"] if how else []
+        if not self._recorder.figures().listening:
+            found.append("refused connections are counted but not explained: the kernel has no NFLOG for us")
+        return found
 
     def _writable(self) -> str | None:
         return writable_by(self._settings.policy, self._settings.claude_uid, self._settings.claude_gid)

@@ -130,7 +130,8 @@ class Recorder:
         """A packet that the rules refused, or in audit mode would have."""
         self._seen["packets"] += 1
         address = str(packet.destination)
-        if (address, packet.dport) in self._own or packet.uid == os.getuid():
+        kernels = packet.uid is None and packet.proto not in {"tcp", "udp"}  # its multicast reports, for example
+        if kernels or (address, packet.dport) in self._own or packet.uid == os.getuid():
             return
         actor = self._owners.of(
             packet.proto, (packet.source, packet.sport or 0), (packet.destination, packet.dport or 0), uid=packet.uid

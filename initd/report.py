@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 from initd.core.spans import show_span
@@ -30,28 +31,59 @@ def size_of(policy: Policy) -> dict[str, int]:
     }
 
 
-def status(answer: dict[str, Any], *, color: bool) -> str:
-    """The page one looks at."""
-    policy, guard, rules = answer["policy"], answer["guard"], answer["rules"]
-    state = paint("enforcing" if answer["ready"] else "starting", GREEN if answer["ready"] else YELLOW, color=color)
-    lines = [
-        f"{state}  backend {answer['backend']}, up {show_span(answer['uptime'])}, "
-        f"warden started {answer['generation']}x",
-        f"policy    {policy['source']}: {_sizes(policy)}",
-        f"rules     {rules['static']} static, {rules['private']} private, {rules['learned']} learned elements",
+def status(answer: dict[str, Any], *, color: bool, width: int | None = None) -> str:
+    """The page one looks at, at most `width` columns wide (None: as wide as it comes)."""
+    lines = _wrapped(_facts(answer), width or 10_000)
+    word = "enforcing" if answer["ready"] else "starting"
+    lines[0] = paint(word, GREEN if answer["ready"] else YELLOW, color=color) + lines[0].removeprefix(word)
+    warnings = _wrapped([("warning", text) for text in answer["warnings"]], width or 10_000)
+    return "\n".join([*lines, *(paint(line, YELLOW, color=color) for line in warnings)])
+
+
+def _facts(answer: dict[str, Any]) -> list[tuple[str, str]]:
+    policy, guard, rules, refusals = answer["policy"], answer["guard"], answer["rules"], answer["refusals"]
+    facts = [
         (
-            f"guard     {guard['queries']} queries, {guard['from_cache']} from cache, {guard['refused']} refused, "
-            f"{guard['leases']} leases; upstream p50 {guard['upstream_p50']} ms, p99 {guard['upstream_p99']} ms"
+            "enforcing" if answer["ready"] else "starting",
+            f"backend {answer['backend']}, up {show_span(answer['uptime'])}, warden started {answer['generation']}x",
         ),
-        f"upstream  {', '.join(map(_upstream, guard['upstreams'])) or 'none'}",
-        "refused   " + (", ".join(f"{value} {key}" for key, value in answer["refused"].items()) or "nothing yet"),
+        ("policy", f"{policy['source']}: {_sizes(policy)}"),
+        ("rules", f"{rules['static']} static, {rules['private']} private, {rules['learned']} learned elements"),
+        ("guard", _served(guard)),
+        ("upstream", ", ".join(map(_upstream, guard["upstreams"])) or "none"),
+        ("refused", f"in the last hour {refusals['hour']}" + _most(refusals)),
     ]
+    if counted := ", ".join(f"{value} {key}" for key, value in answer["refused"].items() if value):
+        facts.append(("packets", f"refused since the start: {counted}"))
     if last := answer["last_reload"]:
-        lines.append(
-            f"reload    {show_span(last['ago'])} ago: +{last['added']} -{last['removed']}, closed {last['closed']}"
-        )
-    lines += [f"{paint('warning', YELLOW, color=color)}   {text}" for text in answer["warnings"]]
-    return "\n".join(lines)
+        words = f"{show_span(last['ago'])} ago: +{last['added']} -{last['removed']}, closed {last['closed']}"
+        facts.append(("reload", words))
+    return facts
+
+
+def _served(guard: dict[str, Any]) -> str:
+    return (
+        f"{guard['queries']} queries, {guard['from_cache']} from cache, {guard['refused']} refused, "
+        f"{guard['leases']} leases; upstream p50 {guard['upstream_p50']} ms, p99 {guard['upstream_p99']} ms"
+    )
+
+
+def _most(refusals: dict[str, Any]) -> str:
+    """The three most frequent, and what is missing from the count."""
+    top = ", ".join(
+        f"{one['subject']}{'' if one['port'] is None else ' port ' + str(one['port'])} {one['count']}x"
+        for one in refusals["top"]
+    )
+    return (f": {top}" if top else "") + (f"; {refusals['lost']} reports lost" if refusals["lost"] else "")
+
+
+def _wrapped(facts: list[tuple[str, str]], width: int) -> list[str]:
+    lines: list[str] = []
+    for label, words in facts:
+        lines += textwrap.wrap(
+            f"{label:<10} {words}", max(width, 30), subsequent_indent=" " * 11, break_on_hyphens=False
+        ) or [label]
+    return lines
 
 
 def reload(answer: dict[str, Any], *, color: bool) -> str:

@@ -89,7 +89,8 @@ def _suggestion(subject: str, rows: list[Row], lookup: Lookup) -> Suggestion:
         made.count += row.count
         made.last = max(made.last, row.last)
         actor = row.event.actor
-        made.by[actor.command or actor.user or ("unknown" if actor.uid is None else f"uid {actor.uid}")] = None
+        program = (actor.command or "").partition(" ")[0].rpartition("/")[2]  # arguments may hold secrets
+        made.by[program or actor.user or ("unknown" if actor.uid is None else f"uid {actor.uid}")] = None
     return made
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 
 import pytest
 
+from initd.core.policy import dump, parse
 from tests.support import product
 from tests.support.attempts import attempt_all
 from tests.support.lab import Lab
@@ -162,6 +164,36 @@ def test_nothing_a_session_sends_forges_a_line(told):
     lines = text(told, "log").splitlines()
     assert any(r"a\010new\010\027[2.evil" in line for line in lines)
     assert all(line.startswith("20") for line in lines)
+
+
+def test_the_list_in_force_is_there_to_read_and_not_to_write(told):
+    path = "/run/initd/policy.txt"
+    assert dump(parse(told.exec(["cat", path]).stdout)) == dump(parse(POLICY))
+    for command in (f"echo evil.example >> {path}", f"rm -f {path}", f"mv {path} /tmp/"):
+        assert told.exec(["sh", "-c", command]).returncode != 0
+    told.write_policy(POLICY + "more.example:443\n")
+    assert "more.example" not in told.read(path), "negative control: the file is not the list in force"
+    assert told.fwctl("reload").returncode == 0
+    assert "more.example:443" in told.read(path).splitlines()
+    told.write_policy(POLICY)
+    told.fwctl("reload")
+
+
+def test_status_counts_the_last_hour_and_names_the_most_frequent(told):
+    refusals = told.status()["refusals"]
+    rows = answer(told, "log")["rows"]
+    assert refusals["hour"] == sum(row["count"] for row in rows) > 5
+    assert refusals["top"][0]["count"] == max(row["count"] for row in rows)
+    assert (len(refusals["top"]), refusals["lost"], refusals["listening"]) == (3, 0, True)
+    assert f"in the last hour {refusals['hour']}: {refusals['top'][0]['subject']}" in text(told, "status")
+
+
+def test_on_a_terminal_it_fits_and_has_colour(told):
+    shown = told.exec(["script", "-qc", "stty cols 60; fwctl status; fwctl blocked", "/dev/null"]).stdout
+    plain = re.sub(r"\x1b\[\d*m", "", shown)
+    assert plain != shown
+    assert max(map(len, plain.splitlines())) <= 60
+    assert "\x1b" not in text(told, "status") + text(told, "blocked")
 
 
 def test_suggested_lines_allow_what_was_refused_and_are_put_into_force(told):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+from dataclasses import replace
 from ipaddress import ip_address
 
 import pytest
@@ -64,6 +65,7 @@ def test_why_it_was_refused(made):
 
 def test_our_own_attempts_are_not_refusals(made):
     made.packet(packet("203.0.113.9", uid=os.getuid()))
+    made.packet(replace(packet("ff02::16", uid=None), proto="58", dport=None))  # the kernel's multicast report
     with made.unrecorded({"connect": [["192.0.2.1", 443]], "datagram": [], "ask": [["127.0.0.1", "example.com"]]}):
         made.packet(packet("192.0.2.1"))
         made.question(asked("example.com"))
