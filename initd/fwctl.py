@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from initd import __version__, inquiry, narrative, report
+from initd import __version__, completion, inquiry, metrics, narrative, report
 from initd.asking import UnavailableError, ask
 from initd.errors import ConfigError, InitdError
 
@@ -64,6 +64,14 @@ def parser() -> Parser:
     inquiry.add_commands(command)
     command("health", "check that the box is ready, enforced and usable; exit 1 says no")
     command("verify", "try, as the session user, that the unlisted is refused and the listed answers")
+    command(
+        "metrics",
+        "print the figures of `status` for Prometheus",
+        "Print the figures of `status` in Prometheus' text format. With the setting metrics_file (INITD_METRICS_FILE) "
+        "the warden writes the same to a file every 15 s, for a node exporter's textfile collector.",
+    )
+    shells = command("completion", "print the completion script of a shell")
+    shells.add_argument("shell", choices=sorted(completion.SHELLS), metavar="SHELL", help="bash, fish or zsh")
     command("version", "print the version")
     return top
 
@@ -125,6 +133,10 @@ def _version(_: argparse.Namespace) -> tuple[dict[str, Any], int]:
     return {"version": __version__}, 0
 
 
+def _completion(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    return {"shell": arguments.shell, "script": completion.SHELLS[arguments.shell](parser())}, 0
+
+
 def _check(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     """Parse a file with the same parser and the same reader as the boot does."""
     from initd.core import policy  # noqa: PLC0415 - the other commands need not pay for it
@@ -153,6 +165,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], int]]] 
     "health": _health,
     "verify": _verify,
     "version": _version,
+    "metrics": _status,
+    "completion": _completion,
     **inquiry.COMMANDS,
 }
 
@@ -160,6 +174,8 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], int]]] 
 TEXT: dict[str, Callable[..., str]] = {
     **report.TEXT,
     **narrative.TEXT,
+    "metrics": metrics.text,
+    "completion": lambda answer, **_: str(answer["script"]).rstrip(),
     "status": partial(report.status, width=narrative.terminal_width()),
 }
 

@@ -38,7 +38,7 @@ class Operations:
         self._settings = settings
         self._live = live
         self._keeping = keeping
-        self._recorder = recorder
+        self.recorder = recorder
         self._started = time.monotonic()
         self._operations: dict[str, Callable[[Request, Peer], Awaitable[dict[str, Any]]]] = {
             "status": self._status,
@@ -59,7 +59,7 @@ class Operations:
         """What the operator should know, in words."""
         how = self._writable()
         found = [f"a session can change its own policy: {how}; mount it read-only"] if how else []
-        if not self._recorder.figures().listening:
+        if not self.recorder.figures().listening:
             found.append("refused connections are counted but not explained: the kernel has no NFLOG for us")
         return found
 
@@ -67,6 +67,10 @@ class Operations:
         return writable_by(self._settings.policy, self._settings.claude_uid, self._settings.claude_gid)
 
     async def _status(self, _request: Request, _peer: Peer) -> dict[str, Any]:
+        return await self.figures()
+
+    async def figures(self) -> dict[str, Any]:
+        """Everything that `fwctl status` shows."""
         live = self._live
         now, guard = live.in_force, live.parts.guard.stats()
         learned = live.parts.backend.learned()
@@ -88,7 +92,7 @@ class Operations:
             },
             "guard": _guard(guard),
             "refused": dict(counters.refused),
-            "refusals": self._recorder.summary(time.time()),
+            "refusals": self.recorder.summary(time.time()),
             "last_reload": last
             and {
                 "ago": round(time.time() - last.at, 1),
@@ -121,13 +125,13 @@ class Operations:
         return explain(request.fields["target"], now.lookup, held)
 
     async def _log(self, request: Request, _peer: Peer) -> dict[str, Any]:
-        return why.rows_after(self._recorder, request.fields["after"])
+        return why.rows_after(self.recorder, request.fields["after"])
 
     async def _why(self, request: Request, _peer: Peer) -> dict[str, Any]:
-        return why.why(request.fields["target"], self._live, self._recorder, self._settings)
+        return why.why(request.fields["target"], self._live, self.recorder, self._settings)
 
     async def _suggest(self, _request: Request, _peer: Peer) -> dict[str, Any]:
-        return why.suggestions(self._live, self._recorder, self._settings)
+        return why.suggestions(self._live, self.recorder, self._settings)
 
     async def _verify(self, _request: Request, _peer: Peer) -> dict[str, Any]:
         checks = await self.verify()
@@ -141,7 +145,7 @@ class Operations:
         now = self._live.in_force
         resolved = self._live.parts.guard.leases.names()
         plan = verify.plan(now.policy, now.lookup, sorted(self._live.upstreams), guard="127.0.0.1", resolved=resolved)
-        with self._recorder.unrecorded(plan):
+        with self.recorder.unrecorded(plan):
             return verify.judge(await self._keeping.probe(plan))
 
     async def _health(self, _request: Request, _peer: Peer) -> dict[str, Any]:

@@ -34,14 +34,19 @@ def text(policy: Policy, source: str, *, audit: bool = False) -> str:
 
 def publish(run_dir: Path, contents: str, *, log: Log) -> None:
     """Replace the file; a box whose run directory is full goes on without."""
-    path = run_dir / FILE
-    temporary = path.with_name(f".{FILE}.{os.getpid()}")
+    try:
+        replace(run_dir / FILE, contents)
+    except OSError as error:
+        log.warning("policy.unpublished", path=str(run_dir / FILE), reason=error.strerror)
+
+
+def replace(path: Path, contents: str) -> None:
+    """Write a file that all may read, whole or not at all. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         temporary.write_text(contents, encoding="utf-8")
         temporary.chmod(0o644)
         temporary.replace(path)
-    except OSError as error:
-        log.warning("policy.unpublished", path=str(path), reason=error.strerror)
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()

@@ -81,7 +81,7 @@ async def _serve(settings: Settings, handover: Handover, backend: Backend, *, lo
     keeping.tell("armed")
     log.info("warden.armed", generation=handover.generation, leases=len(guard.leases))
 
-    await Upkeep(settings, live, resolv, keeping, recorder).run(feed)
+    await Upkeep(settings, live, resolv, keeping, operations).run(feed)
     await control.stop()
     await guard.stop()
     recorder.stop()

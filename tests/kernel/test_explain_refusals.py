@@ -41,7 +41,9 @@ def told(request):
     """A box in which all of `REFUSED` was tried."""
     with Lab() as lab:
         lab.dns.set("site.example", {"A": "203.0.113.7"}, ttl=60)
-        box = lab.box(policy=POLICY, env={"INITD_BACKEND": request.param})
+        box = lab.box(
+            policy=POLICY, env={"INITD_BACKEND": request.param, "INITD_METRICS_FILE": "/run/initd/initd.prom"}
+        )
         box.start()
         outcomes = attempt_all(box, [*REFUSED, ("tcp", "site.example", 443)])
         assert all(one.error for one in outcomes[:-1])
@@ -186,6 +188,14 @@ def test_status_counts_the_last_hour_and_names_the_most_frequent(told):
     assert refusals["top"][0]["count"] == max(row["count"] for row in rows)
     assert (len(refusals["top"]), refusals["lost"], refusals["listening"]) == (3, 0, True)
     assert f"in the last hour {refusals['hour']}: {refusals['top'][0]['subject']}" in text(told, "status")
+
+
+def test_metrics_are_printed_and_written(told):
+    printed = text(told, "metrics")
+    (queries,) = re.findall(r"^initd_dns_queries_total (\d+)$", printed, re.MULTILINE)
+    assert int(queries) >= 4
+    names = re.findall(r"^# TYPE (\S+)", printed, re.MULTILINE)
+    assert names == re.findall(r"^# TYPE (\S+)", told.read("/run/initd/initd.prom"), re.MULTILINE)
 
 
 def test_on_a_terminal_it_fits_and_has_colour(told):
