@@ -5,7 +5,8 @@ VENV    ?= .venv
 BIN     := $(VENV)/bin
 # What the product and the lab run on, and what the tests compare it with or drive it by.
 RUNTIME := curl gcc iproute2 iptables libnftables1 nftables procps python3-dev python3-venv util-linux
-TESTS   := catatonit conntrack debootstrap dnsmasq-base docker.io dumb-init ipset iptables musl-tools nodejs strace tini
+TESTS   := catatonit conntrack debootstrap dnsmasq-base docker.io dumb-init fish ipset iptables musl-tools nodejs strace tini \
+           zsh
 REQUIRE ?=
 INTERACTIVE ?=
 

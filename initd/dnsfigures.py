@@ -3,10 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from initd.core.policy import Verdict
     from initd.upstream import ServerStats
+
+
+class Asked(NamedTuple):
+    """A question and who asked: `peer` is (address, port, …) of the client, `stream` says TCP.
+
+    `name` as text (escaped when it is no host name), `type` as a mnemonic; `allowed` only because of audit mode.
+    """
+
+    name: str
+    type: str
+    verdict: Verdict
+    peer: tuple[Any, ...]
+    stream: bool
+    allowed: bool = False
 
 
 @dataclass(slots=True)

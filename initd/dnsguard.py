@@ -30,8 +30,8 @@ from initd.core.dnsfilter import (
     screen,
     type_name,
 )
-from initd.core.refusals import Refusals, RefusedName, Throttle
-from initd.dnsfigures import Counts, GuardStats, ResolveError
+from initd.core.throttle import Throttle
+from initd.dnsfigures import Asked, Counts, GuardStats, ResolveError
 from initd.dnslearn import Held, LearnedSet, Learner
 from initd.dnslisten import Doors, Port
 from initd.dnsrefresh import Refresher
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from initd.core.ruleset import Element, Endpoint, IPAddress
     from initd.logs import Log
 
-__all__ = ["DnsGuard", "GuardOptions", "GuardStats", "RefusedName", "ResolveError"]
+__all__ = ["Asked", "DnsGuard", "GuardOptions", "GuardStats", "ResolveError"]
 
 RECHECK = 10.0
 """Seconds after which a cached answer's addresses are put into the set again, whatever their lease says."""
@@ -73,7 +73,10 @@ Outcome = Entry | Failure
 
 
 class DnsGuard:
-    """`backend` holds the learned set; `decide` is the policy; `options` the rest."""
+    """`backend` holds the learned set; `decide` is the policy; `options` the rest.
+
+    `on_refused` is told of each question that is refused, before the answer leaves: whoever asked is still there.
+    """
 
     def __init__(
         self, *, upstreams: Iterable[Endpoint], decide: Decide, backend: LearnedSet, options: GuardOptions, log: Log
@@ -90,12 +93,12 @@ class DnsGuard:
         self._judged: dict[bytes, Judged] = {}
         self._generation = 0
         self._pending: dict[Key, list[Callable[[Outcome], None]]] = {}
-        self._refusals = Refusals()
         self._fresh: dict[object, Throttle] = {}
         self._doors = Doors()
         self._refresher = Refresher(self._refresh, options.terms)
         self._refreshing: asyncio.Task[None] | None = None
         self._counts = Counts()
+        self.on_refused: Callable[[Asked], None] = _nobody
 
     async def start(self, sockets: Mapping[str, socket.socket]) -> None:
         """Serve on the keeper's sockets (dns4-udp, dns4-tcp, dns6-udp, dns6-tcp; others are left alone)."""
@@ -188,10 +191,6 @@ class DnsGuard:
             upstreams=tuple(server.stats(now) for server in self._upstreams.servers),
         )
 
-    def refused(self) -> list[RefusedName]:
-        """Refused names, latest last; bounded."""
-        return self._refusals.listing()
-
     def answer(self, data: bytes, port: Port, peer: Any) -> bytes | None:
         """What to send for one message now; None when the answer comes later through `port.send`, or never."""
         self._counts.queries += 1
@@ -213,7 +212,8 @@ class DnsGuard:
     def _consider(self, data: bytes, query: wire.Query, port: Port, peer: Any) -> bytes | None:
         judged = self._judge(query.name)
         if judged.fate is Fate.REFUSE:
-            self._refuse(judged.name, query.type)
+            self._counts.refused += 1
+            self.on_refused(Asked(judged.name, type_name(query.type), judged.decision.verdict, peer, port.stream))
             return wire.render(data, query, _REFUSAL, wire.NEGATIVE_TTL, stream=port.stream)
         if judged.fate is Fate.EMPTY or query.type not in _CARRIED:
             return wire.render(data, query, _EMPTY, wire.NEGATIVE_TTL, stream=port.stream)
@@ -224,12 +224,6 @@ class DnsGuard:
             return wire.render(data, query, reply, LOCAL_TTL, stream=port.stream)
         outcome = self._want((query.name, query.type), judged, partial(_deliver, data, query, port, peer))
         return None if outcome is None else _rendered(data, query, port, outcome)
-
-    def _refuse(self, name: str, qtype: int) -> None:
-        self._counts.refused += 1
-        new = self._refusals.add(name, type_name(qtype), time.time())
-        if new and self._loud.allows(time.monotonic()):
-            self._log.info("dns.refused", name=name, type=type_name(qtype))
 
     def _judge(self, name: bytes) -> Judged:
         judged = self._judged.get(name)
@@ -371,6 +365,10 @@ class DnsGuard:
 def _kept(judged: Judged) -> bool:
     """Whether the guard keeps asking for the name by itself."""
     return judged.fate is Fate.HOSTS or (judged.fate is Fate.FORWARD and judged.decision.literal)
+
+
+def _nobody(_: Asked) -> None:
+    """Nobody wants to know."""
 
 
 def _same(one: Judged, other: Judged) -> bool:

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
     from initd.core.leases import Terms
     from initd.core.policy import Service
-    from initd.core.refusals import Throttle
     from initd.core.ruleset import Element, IPAddress
+    from initd.core.throttle import Throttle
     from initd.logs import Log
 
 

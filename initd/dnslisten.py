@@ -76,6 +76,7 @@ class StreamPort(asyncio.Protocol):
         self._answer = answer
         self._connections = connections
         self._buffer = b""
+        self._peer: tuple[Any, ...] = ()
         self._transport: asyncio.Transport | None = None
         self._idle: asyncio.TimerHandle | None = None
 
@@ -83,6 +84,7 @@ class StreamPort(asyncio.Protocol):
         """Take a seat, or be turned away when all are taken."""
         assert isinstance(transport, asyncio.Transport)  # noqa: S101 - for the type checker
         self._transport = transport
+        self._peer = transport.get_extra_info("peername")
         if len(self._connections) >= MOST_CONNECTIONS:
             transport.abort()
             return
@@ -104,9 +106,9 @@ class StreamPort(asyncio.Protocol):
             end = position + 2 + int.from_bytes(buffer[position : position + 2])
             if end > len(buffer):
                 break
-            reply = self._answer(buffer[position + 2 : end], self, None)
+            reply = self._answer(buffer[position + 2 : end], self, self._peer)
             if reply is not None:
-                self.send(reply, None)
+                self.send(reply, self._peer)
             position = end
         self._buffer = buffer[position:]
 

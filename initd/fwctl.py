@@ -9,28 +9,19 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from initd import __version__, report
-from initd.core import messages
+from initd import __version__, completion, inquiry, metrics, narrative, report
+from initd.asking import UnavailableError, ask
 from initd.errors import ConfigError, InitdError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-TIMEOUT = 60.0
-"""Seconds that the warden may take for one answer; a reload resolves names, a verification waits for time-outs."""
-
 USAGE = 64
-
-
-class UnavailableError(InitdError):
-    """No warden answers here (EX_UNAVAILABLE)."""
-
-    code = 69
 
 
 class Parser(argparse.ArgumentParser):
@@ -70,8 +61,17 @@ def parser() -> Parser:
     check.add_argument("file", nargs="?", metavar="FILE", help="default: the box's own policy file; - reads stdin")
     test = command("test", "say what would happen to a connection, and which line decides")
     test.add_argument("target", metavar="HOST[:PORT]", help="a name or an address; port 443 when left out")
+    inquiry.add_commands(command)
     command("health", "check that the box is ready, enforced and usable; exit 1 says no")
     command("verify", "try, as the session user, that the unlisted is refused and the listed answers")
+    command(
+        "metrics",
+        "print the figures of `status` for Prometheus",
+        "Print the figures of `status` in Prometheus' text format. With the setting metrics_file (INITD_METRICS_FILE) "
+        "the warden writes the same to a file every 15 s, for a node exporter's textfile collector.",
+    )
+    shells = command("completion", "print the completion script of a shell")
+    shells.add_argument("shell", choices=sorted(completion.SHELLS), metavar="SHELL", help="bash, fish or zsh")
     command("version", "print the version")
     return top
 
@@ -81,7 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser().parse_args(argv)
     try:
         answer, code = COMMANDS[arguments.command](arguments)
-        text = json.dumps(answer) if arguments.json else report.TEXT[arguments.command](answer, color=_color())
+        text = json.dumps(answer) if arguments.json else TEXT[arguments.command](answer, color=report.color())
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
     except InitdError as error:
@@ -101,10 +101,6 @@ def _fail(error: InitdError, *, as_json: bool) -> int:
     else:
         sys.stderr.write(f"fwctl: {error}\n")
     return error.code
-
-
-def _color() -> bool:
-    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
 
 def _status(_: argparse.Namespace) -> tuple[dict[str, Any], int]:
@@ -137,6 +133,10 @@ def _version(_: argparse.Namespace) -> tuple[dict[str, Any], int]:
     return {"version": __version__}, 0
 
 
+def _completion(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    return {"shell": arguments.shell, "script": completion.SHELLS[arguments.shell](parser())}, 0
+
+
 def _check(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     """Parse a file with the same parser and the same reader as the boot does."""
     from initd.core import policy  # noqa: PLC0415 - the other commands need not pay for it
@@ -165,39 +165,19 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], int]]] 
     "health": _health,
     "verify": _verify,
     "version": _version,
+    "metrics": _status,
+    "completion": _completion,
+    **inquiry.COMMANDS,
 }
 
 
-def ask(op: str, **fields: str) -> dict[str, Any]:
-    """One request to the warden. Raises UnavailableError, or the error that the warden answered with."""
-    path = Path(os.environ.get("INITD_RUN_DIR") or "/run/initd") / "control.sock"
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-            sock.settimeout(TIMEOUT)
-            sock.connect(str(path))
-            sock.sendall(messages.request(op, **fields))
-            with sock.makefile("rb") as lines:
-                line = lines.readline(messages.MAX_MESSAGE + 1)
-        answer = json.loads(line)
-    except (FileNotFoundError, ConnectionRefusedError) as error:
-        raise UnavailableError(f"no box is running here ({path})", hint=_why_not(path.parent)) from error
-    except TimeoutError as error:
-        raise UnavailableError(f"the warden did not answer within {TIMEOUT:.0f} s", hint="see the box's log") from error
-    except (OSError, ValueError) as error:
-        hint = "it may be restarting: try again, and see the box's log"
-        raise UnavailableError(f"the warden closed the connection: {error}", hint=hint) from error
-    if answer["ok"]:
-        return dict(answer["result"])
-    failure = InitdError(answer["error"]["message"], hint=answer["error"]["hint"])
-    failure.code = answer["error"]["code"]
-    raise failure
-
-
-def _why_not(run_dir: Path) -> str:
-    try:
-        return f"the start failed: {(run_dir / 'failed').read_text(encoding='utf-8').strip()}"
-    except OSError:
-        return "start it with `docker compose up -d`, and see `docker compose logs` if it does not stay up"
+TEXT: dict[str, Callable[..., str]] = {
+    **report.TEXT,
+    **narrative.TEXT,
+    "metrics": metrics.text,
+    "completion": lambda answer, **_: str(answer["script"]).rstrip(),
+    "status": partial(report.status, width=narrative.terminal_width()),
+}
 
 
 if __name__ == "__main__":

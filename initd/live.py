@@ -22,6 +22,7 @@ from initd.core.ruleset import Element, Surroundings, compile_ruleset
 from initd.errors import PrivilegeError
 from initd.kernel import conntrack
 from initd.network import neighbourhood
+from initd.published import publish, text
 from initd.resolve import Resolution, guard_options, resolve_names
 
 if TYPE_CHECKING:
@@ -185,6 +186,7 @@ class Live:
                 ms=round((time.monotonic() - started) * 1000, 1),
             )
         before, self.now = self.now, InForce(loaded, lookup, ruleset)
+        publish(self.parts.settings.run_dir, text(policy, loaded.source), log=self.parts.log)
         names = {lease.address: lease.name for lease in self.parts.guard.leases}
         options = guard_options(self.parts.settings, policy, chain.from_iterable(self._networks().values()))
         self.parts.guard.set_policy(lookup.decide, options=None if options == self._options else options)

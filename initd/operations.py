@@ -6,7 +6,7 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from initd import __version__, verify
+from initd import __version__, verify, why
 from initd.core.membership import Membership
 from initd.explain import explain
 from initd.health import examine
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from initd.dnsguard import GuardStats
     from initd.keeping import Keeping
     from initd.live import Live
+    from initd.recorder import Recorder
     from initd.settings import Settings
 
 RESOLVE_SECONDS = 5.0
@@ -33,10 +34,11 @@ SHOWN = 200
 class Operations:
     """Carries out requests against `live`; `keeping` runs probes as the session user."""
 
-    def __init__(self, settings: Settings, live: Live, keeping: Keeping) -> None:
+    def __init__(self, settings: Settings, live: Live, keeping: Keeping, recorder: Recorder) -> None:
         self._settings = settings
         self._live = live
         self._keeping = keeping
+        self.recorder = recorder
         self._started = time.monotonic()
         self._operations: dict[str, Callable[[Request, Peer], Awaitable[dict[str, Any]]]] = {
             "status": self._status,
@@ -44,6 +46,9 @@ class Operations:
             "test": self._test,
             "verify": self._verify,
             "health": self._health,
+            "log": self._log,
+            "why": self._why,
+            "suggest": self._suggest,
         }
 
     async def handle(self, request: Request, peer: Peer) -> dict[str, Any]:
@@ -53,12 +58,19 @@ class Operations:
     def warnings(self) -> list[str]:
         """What the operator should know, in words."""
         how = self._writable()
-        return [f"a session can change its own policy: {how}; mount it read-only"] if how else []
+        found = [f"a session can change its own policy: {how}; mount it read-only"] if how else []
+        if not self.recorder.figures().listening:
+            found.append("refused connections are counted but not explained: the kernel has no NFLOG for us")
+        return found
 
     def _writable(self) -> str | None:
         return writable_by(self._settings.policy, self._settings.claude_uid, self._settings.claude_gid)
 
     async def _status(self, _request: Request, _peer: Peer) -> dict[str, Any]:
+        return await self.figures()
+
+    async def figures(self) -> dict[str, Any]:
+        """Everything that `fwctl status` shows."""
         live = self._live
         now, guard = live.in_force, live.parts.guard.stats()
         learned = live.parts.backend.learned()
@@ -80,6 +92,7 @@ class Operations:
             },
             "guard": _guard(guard),
             "refused": dict(counters.refused),
+            "refusals": self.recorder.summary(time.time()),
             "last_reload": last
             and {
                 "ago": round(time.time() - last.at, 1),
@@ -111,6 +124,15 @@ class Operations:
         held = Membership([*now.ruleset.static, *now.ruleset.private, *self._live.parts.backend.learned()])
         return explain(request.fields["target"], now.lookup, held)
 
+    async def _log(self, request: Request, _peer: Peer) -> dict[str, Any]:
+        return why.rows_after(self.recorder, request.fields["after"])
+
+    async def _why(self, request: Request, _peer: Peer) -> dict[str, Any]:
+        return why.why(request.fields["target"], self._live, self.recorder, self._settings)
+
+    async def _suggest(self, _request: Request, _peer: Peer) -> dict[str, Any]:
+        return why.suggestions(self._live, self.recorder, self._settings)
+
     async def _verify(self, _request: Request, _peer: Peer) -> dict[str, Any]:
         checks = await self.verify()
         return {
@@ -123,7 +145,8 @@ class Operations:
         now = self._live.in_force
         resolved = self._live.parts.guard.leases.names()
         plan = verify.plan(now.policy, now.lookup, sorted(self._live.upstreams), guard="127.0.0.1", resolved=resolved)
-        return verify.judge(await self._keeping.probe(plan))
+        with self.recorder.unrecorded(plan):
+            return verify.judge(await self._keeping.probe(plan))
 
     async def _health(self, _request: Request, _peer: Peer) -> dict[str, Any]:
         checks = await examine(self._settings, self._live)

@@ -18,6 +18,7 @@ from initd.keeping import Keeping
 from initd.live import Live, Parts, literal_names
 from initd.loading import Loaded, load_policy
 from initd.operations import Operations
+from initd.recorder import Recorder
 from initd.resolvconf import ResolvConf
 from initd.resolve import guard_options
 from initd.upkeep import Upkeep
@@ -51,6 +52,8 @@ async def _serve(settings: Settings, handover: Handover, backend: Backend, *, lo
         options=guard_options(settings, loaded.policy, ()),
         log=log,
     )
+    recorder = Recorder(settings.state_dir, guard.leases.names_of, log=log)
+    guard.on_refused = recorder.question
     live = Live(Parts(backend, Enforcer(backend), guard, settings, log), resolv.upstreams)
     feed = GithubFeed(settings, live)
     if not handover.resuming:
@@ -61,10 +64,11 @@ async def _serve(settings: Settings, handover: Handover, backend: Backend, *, lo
     await live.start(loaded, resuming=handover.resuming)
     if saved:
         guard.restore(from_state(saved.leases), elapsed=saved.age(time.time()))
+    recorder.start()
     await guard.start(handover.sockets)
     resolv.point_to_guard()
 
-    operations = Operations(settings, live, keeping)
+    operations = Operations(settings, live, keeping, recorder)
     control = Control(operations.handle, log=log)
     await control.start(handover.sockets["control"])
     if not handover.resuming:
@@ -77,9 +81,10 @@ async def _serve(settings: Settings, handover: Handover, backend: Backend, *, lo
     keeping.tell("armed")
     log.info("warden.armed", generation=handover.generation, leases=len(guard.leases))
 
-    await Upkeep(settings, live, resolv, keeping).run(feed)
+    await Upkeep(settings, live, resolv, keeping, operations).run(feed)
     await control.stop()
     await guard.stop()
+    recorder.stop()
     resolv.restore()
     log.info("warden.stopped", effect="the rules stay")
     return 0

@@ -44,6 +44,7 @@ class Settings(NamedTuple):
     stop_grace: float
     log_format: str
     log_level: str
+    metrics_file: str
 
     def environ(self) -> dict[str, str]:
         """These settings as variables, complete: `load` makes the same of them without looking at any file."""
@@ -63,6 +64,10 @@ def _path(value: Any) -> Path:
     if not isinstance(value, str) or not value.startswith("/") or "\0" in value:
         raise ValueError(f"{value!r:.60} is not an absolute path")
     return Path(value)
+
+
+def _path_or_nothing(value: Any) -> str:
+    return "" if value == "" else str(_path(value))
 
 
 def _identity(value: Any) -> int | str:
@@ -144,6 +149,7 @@ FIELDS: dict[str, Field] = {
     "stop_grace": Field("INITD_STOP_GRACE", _seconds(0, 3_600), 8),
     "log_format": Field("INITD_LOG_FORMAT", _choice("auto", "console", "json"), "auto"),
     "log_level": Field("INITD_LOG_LEVEL", _choice("debug", "info", "warning", "error"), "info"),
+    "metrics_file": Field("INITD_METRICS_FILE", _path_or_nothing, ""),
 }
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from initd import metrics
 from initd.kernel import conntrack
+from initd.published import replace
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -13,6 +16,7 @@ if TYPE_CHECKING:
     from initd.feeds import GithubFeed
     from initd.keeping import Keeping
     from initd.live import Live
+    from initd.operations import Operations
     from initd.resolvconf import ResolvConf
     from initd.settings import Settings
 
@@ -25,6 +29,9 @@ SWEEP = 10.0
 SWEEP_LEAST = 0.5
 """The same when the grace is shorter than a second."""
 
+METRICS = 15.0
+"""Seconds between two writings of the metrics file: Prometheus' usual scrape interval."""
+
 SAVE = 2.0
 """Seconds between looks whether anything is worth writing down."""
 
@@ -32,11 +39,14 @@ SAVE = 2.0
 class Upkeep:
     """The warden's recurring duties; `run` returns when the keeper says stop."""
 
-    def __init__(self, settings: Settings, live: Live, resolv: ResolvConf, keeping: Keeping) -> None:
+    def __init__(
+        self, settings: Settings, live: Live, resolv: ResolvConf, keeping: Keeping, operations: Operations
+    ) -> None:
         self._settings = settings
         self._live = live
         self._resolv = resolv
         self._keeping = keeping
+        self._operations = operations
         self._written: object = None
 
     async def run(self, feed: GithubFeed) -> None:
@@ -46,6 +56,8 @@ class Upkeep:
             asyncio.create_task(self._every(HEARTBEAT, self._heartbeat)),
             asyncio.create_task(self._every(min(SWEEP, max(self._settings.dns_grace / 2, SWEEP_LEAST)), self._sweep)),
             asyncio.create_task(self._every(SAVE, self._save)),
+            asyncio.create_task(self._every(SAVE, self._record)),
+            *([asyncio.create_task(self._every(METRICS, self._metrics))] if self._settings.metrics_file else []),
         ]
         try:
             await self._keeping.stopping.wait()
@@ -73,6 +85,13 @@ class Upkeep:
             self._live.upstreams = frozenset(upstreams)
             await self._live.refresh()  # the rules first: the guard must not ask where it may not go
             self._live.parts.guard.set_upstreams(upstreams)
+
+    async def _record(self) -> None:
+        self._operations.recorder.write()
+
+    async def _metrics(self) -> None:
+        figures = metrics.text(await self._operations.figures()) + "\n"
+        await asyncio.to_thread(replace, Path(self._settings.metrics_file), figures)
 
     async def _save(self) -> None:
         """Write the state for people and for the next warden, when anything but the passing of time changed it."""

@@ -19,6 +19,9 @@ OPERATIONS: dict[str, dict[str, type]] = {
     "reload": {},
     "verify": {},
     "test": {"target": str},
+    "log": {"after": int},
+    "why": {"target": str},
+    "suggest": {},
 }
 """Operation → its fields, all of them required."""
 

@@ -48,7 +48,8 @@ class Ruleset:
     `warden_uid` may reach `upstreams` on TCP and UDP; nobody else may.
     `engine_dns` lets UID 0 reach port 53 anywhere: Docker's embedded resolver (127.0.0.11) forwards from inside
     the container's namespace as root. `static` holds public elements, `private` those inside `SPECIAL` ranges.
-    `subnets` may open connections to the box (INPUT). `log` turns on the rate-limited NFLOG rule.
+    `subnets` may open connections to the box (INPUT). `log` turns on the rate-limited NFLOG rules. `audit` lets go
+    what is merely unlisted, logged with a prefix of its own; special ranges and other resolvers stay shut.
     """
 
     warden_uid: int
@@ -58,6 +59,7 @@ class Ruleset:
     private: frozenset[Element] = frozenset()
     subnets: frozenset[IPNetwork] = frozenset()
     log: bool = field(default=True)
+    audit: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +71,7 @@ class Surroundings:
     engine_dns: bool = False
     subnets: frozenset[IPNetwork] = frozenset()
     log: bool = True
+    audit: bool = False
 
 
 def compile_ruleset(
@@ -109,6 +112,7 @@ def compile_ruleset(
         private=frozenset(private),
         subnets=around.subnets,
         log=around.log,
+        audit=around.audit,
     )
 
 

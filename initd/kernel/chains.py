@@ -90,6 +90,7 @@ def lockdown(version: int, warden_uid: int) -> Chains:
 
 def chains(version: int, ruleset: Ruleset) -> Chains:
     """All of our chains of one family for `ruleset`."""
+    special = (_in_set(version, "special"), _in_set(version, "learned", negated=True))
     output = (
         *_discovery(version),
         *_warden(version, ruleset),
@@ -100,11 +101,11 @@ def chains(version: int, ruleset: Ruleset) -> Chains:
         *_tracked(version),
         _RESET,
         Rule("ACCEPT", matches=(_in_set(version, "private"),)),
-        *_reject(version, matches=(_in_set(version, "special"), _in_set(version, "learned", negated=True))),
+        *(_log("initd-special", matches=special) if ruleset.log else ()),
+        *_reject(version, matches=special),
         Rule("ACCEPT", matches=(_in_set(version, "learned"),)),
         Rule("ACCEPT", matches=(_in_set(version, "static"),)),
-        *((_LOG,) if ruleset.log else ()),
-        *_reject(version),
+        *_unlisted(version, ruleset),
     )
     subnets = sorted(_of(version, ruleset.subnets), key=lambda net: (int(net.network_address), net.prefixlen))
     inbound = (
@@ -117,11 +118,23 @@ def chains(version: int, ruleset: Ruleset) -> Chains:
     return {HOOKS["OUTPUT"]: output, HOOKS["INPUT"]: inbound, HOOKS["FORWARD"]: _reject(version)}
 
 
-_LOG = Rule(
-    "NFLOG",
-    (("nflog-prefix", (NFLOG_PREFIX,)), ("nflog-group", (str(NFLOG_GROUP),))),
-    matches=(("limit", (("limit", ("10/sec",)),)),),
-)
+def _unlisted(version: int, ruleset: Ruleset) -> Iterator[Rule]:
+    """Refuse the rest; audit mode lets it go, but to no resolver: names are asked of the guard, or none is recorded."""
+    if ruleset.audit:
+        for proto in ("udp", "tcp"):
+            resolver = (proto, (("dport", ("53",)),))
+            if ruleset.log:
+                yield from _log(NFLOG_PREFIX, proto=proto, matches=(resolver,))
+            yield _reject(version, proto=proto, matches=(resolver,))[proto == "udp"]
+    if ruleset.log:
+        yield from _log("initd-audit" if ruleset.audit else NFLOG_PREFIX)
+    yield from (Rule("ACCEPT"),) if ruleset.audit else _reject(version)
+
+
+def _log(prefix: str, *, proto: str | None = None, matches: tuple[tuple[str, Options], ...] = ()) -> tuple[Rule]:
+    limit = ("limit", (("limit", ("10/sec",)), ("limit-burst", ("20",))))
+    where = (("nflog-prefix", (prefix,)), ("nflog-group", (str(NFLOG_GROUP),)))
+    return (Rule("NFLOG", where, proto=proto, matches=(*matches, limit)),)
 
 
 _RESET = Rule(
@@ -190,12 +203,16 @@ def _in_set(version: int, kind: str, *, negated: bool = False) -> tuple[str, Opt
 
 
 def _reject(
-    version: int, *, destination: IPNetwork | None = None, matches: tuple[tuple[str, Options], ...] = ()
+    version: int,
+    *,
+    destination: IPNetwork | None = None,
+    proto: str | None = None,
+    matches: tuple[tuple[str, Options], ...] = (),
 ) -> tuple[Rule, Rule]:
     prohibited = "icmp-admin-prohibited" if version == 4 else "icmp6-adm-prohibited"
     return (
         Rule("REJECT", (("reject-with", ("tcp-reset",)),), proto="tcp", destination=destination, matches=matches),
-        Rule("REJECT", (("reject-with", (prohibited,)),), destination=destination, matches=matches),
+        Rule("REJECT", (("reject-with", (prohibited,)),), proto=proto, destination=destination, matches=matches),
     )
 
 

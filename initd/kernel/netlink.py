@@ -87,6 +87,17 @@ class Netlink:
                     raise NetlinkRefusal(-code)
                 return
 
+    def ask(self, kind: int, body: bytes) -> bytes:
+        """Send one request for one object and return its payload, or raise NetlinkRefusal."""
+        sequence = self._send(kind, REQUEST, body)
+        while True:
+            data = self._socket.recv(_RECEIVE)
+            length, reply, _, number, _ = _HEADER.unpack_from(data)
+            if number == sequence:
+                if reply == _ERROR:
+                    raise NetlinkRefusal(-struct.unpack_from("=i", data, 16)[0])
+                return data[16:length]
+
     def dump(self, kind: int, body: bytes) -> Iterator[bytes]:
         """Payloads of a multi-part answer, in order. Raises NetlinkRefusal for an error at either end of it."""
         sequence = self._send(kind, REQUEST | DUMP, body)

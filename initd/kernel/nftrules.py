@@ -37,7 +37,8 @@ _RESET = "ct state related tcp flags rst accept"
 """The reset with which INPUT refuses: nf_send_reset() ties it to the connection that never came to be (nf_ct_attach).
 Nothing else of TCP is related where no conntrack helper is assigned, and that takes NET_ADMIN."""
 _REFUSE = ("meta l4proto 6 reject with tcp reset", "reject with icmpx admin-prohibited")
-_LOG = 'limit rate 10/second burst 5 packets log prefix "initd" group 1'
+_LOG = 'limit rate 10/second burst 20 packets log prefix "{}" group 1'
+_RESOLVERS = "meta l4proto { 6, 17 } th dport 53"
 
 Rules = dict[str, tuple[str, ...]]
 
@@ -114,11 +115,23 @@ def _output(ruleset: Ruleset) -> Iterator[str]:
     yield from _listed("private")
     yield from _listed("learned")
     for version, family in _FAMILIES:
-        yield f'{family} daddr @initd{version}-special counter name "special" goto refuse'
+        special = f"{family} daddr @initd{version}-special"
+        if ruleset.log:
+            yield f"{special} {_LOG.format('initd-special')}"
+        yield f'{special} counter name "special" goto refuse'
     yield from _listed("static")
+    yield from _unlisted(ruleset)
+
+
+def _unlisted(ruleset: Ruleset) -> Iterator[str]:
+    """Refuse the rest; audit mode lets it go, but to no resolver: names are asked of the guard, or none is recorded."""
+    if ruleset.audit:
+        if ruleset.log:
+            yield f"{_RESOLVERS} {_LOG.format('initd')}"
+        yield f'{_RESOLVERS} counter name "unlisted" goto refuse'
     if ruleset.log:
-        yield _LOG
-    yield 'counter name "unlisted" goto refuse'
+        yield _LOG.format("initd-audit" if ruleset.audit else "initd")
+    yield "accept" if ruleset.audit else 'counter name "unlisted" goto refuse'
 
 
 def _input(subnets: Iterable[IPNetwork]) -> Iterator[str]:

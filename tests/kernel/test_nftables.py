@@ -200,6 +200,7 @@ RICH = Ruleset(
 RULESETS = {
     "empty": Ruleset(WARDEN, log=False),
     "rich": RICH,
+    "audit": Ruleset(WARDEN, audit=True),
 }
 
 

@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from initd.core.leases import Terms
+from initd.core.policy import Verdict
 from initd.core.ruleset import Endpoint
 from initd.dnsguard import GuardOptions, ResolveError
 from tests.support.guarded import Guarded, framed, question_of, read_message
@@ -129,13 +130,16 @@ class TestTable:
             assert lab.guard.stats().counts.stripped == 3
 
     @scenario
-    async def test_refused_names_are_kept_with_type_and_count(self):
+    async def test_refused_names_are_told_before_they_are_answered(self):
         async with guarded() as lab:
-            for _ in range(3):
-                await lab.ask("evil.test", "TXT")
-            (refused,) = lab.guard.refused()
-            assert (refused.name, refused.type, refused.count) == ("evil.test", "TXT", 3)
-            assert lab.log.named("dns.refused") == [{"name": "evil.test", "type": "TXT"}]
+            lab.guard.on_refused = lambda asked: lab.events.append(("refused", *asked))
+            await lab.ask("evil.test", "TXT")
+            await lab.ask("site.example")
+            (_, name, kind, verdict, peer, stream, allowed), answered = (
+                one for one in lab.events if one[-1] == "evil.test" or one[1] == "evil.test"
+            )
+            assert (name, kind, verdict, stream, allowed) == ("evil.test", "TXT", Verdict.UNLISTED, False, False)
+            assert (peer[0], answered[0]) == ("127.0.0.1", "answer")
 
     @scenario
     async def test_a_listed_range_passes_and_etc_hosts_answers_for_listed_names_only(self):

@@ -50,6 +50,7 @@ def test_defaults():
         stop_grace=8.0,
         log_format="auto",
         log_level="info",
+        metrics_file="",
     )
 
 
@@ -327,6 +328,7 @@ VALUES = st.builds(
     stop_grace=st.floats(0, 3600),
     log_format=st.sampled_from(["auto", "console", "json"]),
     log_level=st.sampled_from(["debug", "info", "warning", "error"]),
+    metrics_file=st.sampled_from(["", "/run/initd/initd.prom"]),
 )
 
 
