@@ -36,6 +36,7 @@ class Counts:
     stripped: int = 0
     stray: int = 0
     failed: int = 0
+    stale: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -53,6 +53,8 @@ RECHECK = 10.0
 NEGATIVE_MOST = 60
 """Seconds that an upstream's "no" is believed at most."""
 
+STALE_TTL = 30  # seconds; for an answer out of living leases while no resolver answers (RFC 8767, 4)
+
 JUDGED_MOST = 8192
 WAITERS = 1024
 """Clients that may wait for the same answer."""
@@ -253,7 +255,7 @@ class DnsGuard:
                 return entry if (known and now < entry.check) or self._admit(entry, now) else Failure("insert")
             self._cache.drop(key)
         if judged.fate is Fate.HOSTS:
-            return self._accept(key, judged, _from_hosts(judged, key[1]))
+            return self._accept(key, judged, _known(judged.addresses, key[1], LOCAL_TTL))
         waiting = self._pending.get(key)
         if waiting is not None:
             if len(waiting) >= WAITERS:
@@ -295,6 +297,9 @@ class DnsGuard:
         self._counts.failed += 1
         if self._loud.allows(time.monotonic()):
             self._log.warning("dns.failed", name=judged.name, type=type_name(key[1]), reason=reason)
+        if held := self.leases.addresses_of(judged.name):
+            self._counts.stale += 1
+            return self._accept(key, judged, _known(held, key[1], STALE_TTL))
         return Failure(reason)
 
     def _accept(self, key: Key, judged: Judged, answer: wire.Answer) -> Outcome:
@@ -378,10 +383,10 @@ def _same(one: Judged, other: Judged) -> bool:
     )
 
 
-def _from_hosts(judged: Judged, qtype: int) -> wire.Answer:
+def _known(addresses: Iterable[IPAddress], qtype: int, ttl: int) -> wire.Answer:
     width = 4 if qtype == wire.TYPE_A else 16
-    found = tuple(one.packed for one in judged.addresses if len(one.packed) == width)
-    return wire.Answer(wire.NOERROR, False, (), found, LOCAL_TTL, 0)
+    found = tuple(one.packed for one in addresses if len(one.packed) == width)
+    return wire.Answer(wire.NOERROR, False, (), found, ttl, 0)
 
 
 def _rendered(data: bytes, query: wire.Query, port: Port, outcome: Outcome) -> bytes:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from initd.core.dnsfilter import GuardOptions
 from initd.core.leases import Terms
+from initd.dnsfigures import ResolveError
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -26,16 +27,23 @@ if TYPE_CHECKING:
 CONCURRENCY = 128
 """Names in flight; each is two queries (A and AAAA)."""
 
+SETTLED = frozenset({"refused", "nxdomain", "empty"})
+"""Kinds of failure that are an answer: there is nothing to be reached under that name."""
+
 HOSTS_LIMIT = 1 << 20
 """Bytes of /etc/hosts that are looked at."""
 
 
 @dataclass(frozen=True, slots=True)
 class Resolution:
-    """What came of a list of names: how many addresses each gave, and why others gave none."""
+    """What came of a list of names: how many addresses each gave, and why others gave none.
+
+    `unanswered` are those of the failed ones about which no resolver said anything.
+    """
 
     addresses: Mapping[str, int]
     failed: Mapping[str, str]
+    unanswered: frozenset[str]
 
 
 async def resolve_names(
@@ -44,6 +52,7 @@ async def resolve_names(
     """Resolve `names` in parallel; whatever has no answer after `within` seconds in all counts as failed."""
     addresses: dict[str, int] = {}
     failed: dict[str, str] = {}
+    settled: set[str] = set()
     waiting = iter(dict.fromkeys(names))
 
     async def worker() -> None:
@@ -52,8 +61,10 @@ async def resolve_names(
                 failed[name] = "no answer in time"
                 addresses[name] = len(await resolve(name))
                 del failed[name]
-            except OSError as error:
+            except ResolveError as error:
                 failed[name] = str(error)
+                if error.kind in SETTLED:
+                    settled.add(name)
 
     workers = [asyncio.create_task(worker()) for _ in range(CONCURRENCY)]
     _, late = await asyncio.wait(workers, timeout=within)
@@ -61,7 +72,7 @@ async def resolve_names(
         task.cancel()
     await asyncio.gather(*late, return_exceptions=True)
     failed.update((name, "not tried in time") for name in waiting)
-    return Resolution(addresses, failed)
+    return Resolution(addresses, failed, frozenset(failed) - settled)
 
 
 def parse_hosts(text: str) -> dict[str, tuple[IPAddress, ...]]:

@@ -24,6 +24,8 @@ from initd.resolve import guard_options
 from initd.upkeep import Upkeep
 
 if TYPE_CHECKING:
+    from collections.abc import Collection
+
     from initd.handover import Handover
     from initd.kernel.base import Backend
     from initd.logs import Log
@@ -73,7 +75,8 @@ async def _serve(settings: Settings, handover: Handover, backend: Backend, *, lo
     await control.start(handover.sockets["control"])
     if not handover.resuming:
         names = live.resolve(literal_names(loaded.policy), within=settings.resolve_timeout)
-        await asyncio.gather(names, feed.start())
+        resolution, _ = await asyncio.gather(names, feed.start())
+        _fall_back(saved, resolution.unanswered, guard, log=log)
         await _verify(settings, operations, log=log)
     for warning in operations.warnings():
         log.warning("box.warning", text=warning)
@@ -105,6 +108,15 @@ def _resume(saved: memory.State | None, settings: Settings) -> Loaded:
     if saved is None:
         return load_policy(settings)
     return Loaded.parse(saved.policy, saved.source)
+
+
+def _fall_back(saved: memory.State | None, names: Collection[str], guard: DnsGuard, *, log: Log) -> None:
+    """Take up the last run's addresses of names that no resolver says anything about now."""
+    known = from_state(saved.leases) if saved else {}
+    stale = {name: dict(known[name]) for name in names if name in known}
+    terms = guard.leases.terms
+    if taken := guard.restore(stale, elapsed=0.0, least=terms.floor + terms.grace):
+        log.warning("names.remembered", names=len(stale), addresses=taken, reason="no resolver answers")
 
 
 async def _verify(settings: Settings, operations: Operations, *, log: Log) -> None:

@@ -375,7 +375,7 @@ class TestUpstream:
     @scenario
     async def test_questions_beyond_the_bound_wait_and_are_all_answered(self):
         zone = {f"n{n}.wild.example": ["203.0.113.7"] for n in range(60)}
-        async with Guarded(zone, policy=POLICY, concurrency=4) as lab:
+        async with Guarded(zone, policy=POLICY, concurrency=4, answer_within=20) as lab:
             lab.upstream.delay = 0.02
             got = await asyncio.gather(*(lab.ask(name) for name in zone))
             assert all(one.addresses == ["203.0.113.7"] for one in got)

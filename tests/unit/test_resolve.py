@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 from ipaddress import ip_address
 
+from initd.dnsfigures import ResolveError
 from initd.resolve import CONCURRENCY, parse_hosts, resolve_names
 
 ONE = ip_address("203.0.113.1")
@@ -18,13 +19,19 @@ def test_names_are_resolved_in_parallel_and_failures_are_named() -> None:
         await asyncio.sleep(0.01)
         running -= 1
         if name == "dead.example":
-            raise OSError("NXDOMAIN")
+            raise ResolveError(name, "nxdomain")
+        if name == "silent.example":
+            raise ResolveError(name, "timeout")
         return (ONE,)
 
-    names = [f"n{i}.example" for i in range(300)] + ["dead.example", "n1.example"]
+    names = [f"n{i}.example" for i in range(300)] + ["dead.example", "silent.example", "n1.example"]
     outcome = asyncio.run(resolve_names(names, resolve, within=5))
     assert outcome.addresses == {f"n{i}.example": 1 for i in range(300)}
-    assert outcome.failed == {"dead.example": "NXDOMAIN"}
+    assert outcome.failed == {
+        "dead.example": "dead.example: does not exist",
+        "silent.example": "silent.example: no resolver answers",
+    }
+    assert outcome.unanswered == {"silent.example"}
     assert most == CONCURRENCY
 
 
