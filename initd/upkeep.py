@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from initd import metrics
 from initd.kernel import conntrack
 from initd.published import replace
+from initd.resolve import sweep_pause
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -22,12 +23,6 @@ if TYPE_CHECKING:
 
 HEARTBEAT = 5.0
 """Seconds between signs of life; the keeper waits for four of them."""
-
-SWEEP = 10.0
-"""Seconds between looks at open connections and resolv.conf; twice in a grace, or leases in use would end."""
-
-SWEEP_LEAST = 0.5
-"""The same when the grace is shorter than a second."""
 
 METRICS = 15.0
 """Seconds between two writings of the metrics file: Prometheus' usual scrape interval."""
@@ -54,7 +49,7 @@ class Upkeep:
         duties = [
             asyncio.create_task(feed.keep()),
             asyncio.create_task(self._every(HEARTBEAT, self._heartbeat)),
-            asyncio.create_task(self._every(min(SWEEP, max(self._settings.dns_grace / 2, SWEEP_LEAST)), self._sweep)),
+            asyncio.create_task(self._every(sweep_pause(self._settings), self._sweep)),
             asyncio.create_task(self._every(SAVE, self._save)),
             asyncio.create_task(self._every(SAVE, self._record)),
             *([asyncio.create_task(self._every(METRICS, self._metrics))] if self._settings.metrics_file else []),
