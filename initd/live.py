@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from initd.core.ruleset import Endpoint, IPAddress, IPNetwork, Ruleset
     from initd.dnsguard import DnsGuard, GuardOptions
     from initd.enforce import Enforcer
-    from initd.kernel.base import Backend
+    from initd.kernel.base import Backend, Probe
     from initd.loading import Loaded
     from initd.logs import Log
     from initd.settings import Settings
@@ -48,9 +48,10 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What `Live` works with."""
+    """What `Live` works with; `probe` is what the backend found in this namespace."""
 
     backend: Backend
+    probe: Probe
     enforcer: Enforcer
     guard: DnsGuard
     settings: Settings
@@ -165,6 +166,15 @@ class Live:
         except OSError as error:
             self.parts.log.warning("state.unsaved", reason=str(error), effect="a restart forgets this reload")
 
+    async def recheck(self) -> bool:
+        """Whether the kernel still holds what was written; otherwise say what differs and write it again."""
+        async with self._changing:
+            differs = await self.in_worker(self.parts.enforcer.recheck)
+        if differs:
+            self.parts.log.error("rules.changed", by="somebody else", differs="; ".join(differs[:10]))
+            await self.refresh()
+        return not differs
+
     async def resolve(self, names: Iterable[str], *, within: float) -> Resolution:
         """Resolve `names` through the guard, so that their addresses are in the learned set."""
         resolution = await resolve_names(names, self.parts.guard.resolve, within=within)
@@ -219,6 +229,7 @@ class Live:
             upstreams=self.upstreams,
             engine_dns=any(str(endpoint.address) == ENGINE_DNS for endpoint in self.upstreams),
             subnets=frozenset(neighbourhood().subnets),
+            log=self.parts.probe.capabilities["nflog"],
         )
         return compile_ruleset(policy.ranges, policy.feeds, networks=self._networks(), around=around)
 

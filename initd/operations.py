@@ -10,6 +10,7 @@ from initd import __version__, verify, why
 from initd.core.membership import Membership
 from initd.explain import explain
 from initd.health import examine
+from initd.live import literal_names
 from initd.loading import load_policy, writable_by
 from initd.report import size_of
 
@@ -81,6 +82,8 @@ class Operations:
             "ready": (self._settings.run_dir / "ready").exists(),
             "mode": "enforce",
             "backend": live.parts.backend.name,
+            "capabilities": dict(live.parts.probe.capabilities),
+            "missing": list(live.parts.probe.missing),
             "uptime": round(time.monotonic() - self._started, 1),
             "generation": self._keeping.generation,
             "user": {"uid": self._settings.claude_uid, "gid": self._settings.claude_gid},
@@ -146,7 +149,8 @@ class Operations:
         resolved = self._live.parts.guard.leases.names()
         plan = verify.plan(now.policy, now.lookup, sorted(self._live.upstreams), guard="127.0.0.1", resolved=resolved)
         with self.recorder.unrecorded(plan):
-            return verify.judge(await self._keeping.probe(plan))
+            checks = verify.judge(await self._keeping.probe(plan))
+        return checks if plan["reach"] or not literal_names(now.policy) else (*checks, verify.NOTHING_RESOLVES)
 
     async def _health(self, _request: Request, _peer: Peer) -> dict[str, Any]:
         checks = await examine(self._settings, self._live)

@@ -30,6 +30,9 @@ CONCURRENCY = 128
 SETTLED = frozenset({"refused", "nxdomain", "empty"})
 """Kinds of failure that are an answer: there is nothing to be reached under that name."""
 
+SWEEP = 10.0
+"""Seconds between two looks at open connections, and at resolv.conf."""
+
 HOSTS_LIMIT = 1 << 20
 """Bytes of /etc/hosts that are looked at."""
 
@@ -104,12 +107,17 @@ class Listed:
         return any(address in network for network in self.networks)
 
 
+def sweep_pause(settings: Settings) -> float:
+    """Seconds between two sweeps: `SWEEP`, or less where a lease in use could begin and end between two of them."""
+    return min(SWEEP, (settings.dns_floor + settings.dns_grace) / 2)
+
+
 def guard_options(settings: Settings, policy: Policy, feeds: Iterable[IPNetwork]) -> GuardOptions:
     """What the guard has to know besides the names: the terms of leases, /etc/hosts, and the listed ranges."""
     hosts = read_hosts()
     own = os.uname().nodename.lower()
     return GuardOptions(
-        terms=Terms(floor=settings.dns_floor, grace=settings.dns_grace),
+        terms=Terms(floor=settings.dns_floor, grace=settings.dns_grace, sweep=1.5 * sweep_pause(settings)),
         local_names=hosts,
         own_names={own: hosts[own]} if own in hosts else {},
         range_listed=Listed((*(rule.network for rule in policy.ranges), *feeds)),

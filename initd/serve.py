@@ -27,19 +27,19 @@ if TYPE_CHECKING:
     from collections.abc import Collection
 
     from initd.handover import Handover
-    from initd.kernel.base import Backend
+    from initd.kernel.base import Backend, Probe
     from initd.logs import Log
     from initd.settings import Settings
 
 
-def serve(settings: Settings, handover: Handover, backend: Backend) -> int:
+def serve(settings: Settings, handover: Handover, *, backend: Backend, probe: Probe) -> int:
     """Bring the box up and keep it so; returns 0 when told to stop. An InitdError before `armed` ends the start."""
     log = logs.configure(settings)
     log.info("warden.resumes" if handover.resuming else "lockdown.applied", backend=backend.name)
-    return asyncio.run(_serve(settings, handover, backend, log=log))
+    return asyncio.run(_serve(settings, handover, backend=backend, probe=probe, log=log))
 
 
-async def _serve(settings: Settings, handover: Handover, backend: Backend, *, log: Log) -> int:
+async def _serve(settings: Settings, handover: Handover, *, backend: Backend, probe: Probe, log: Log) -> int:
     keeping = Keeping(handover, log=log)
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, keeping.stopping.set)
     saved = _remembered(settings, handover, log=log)
@@ -56,7 +56,7 @@ async def _serve(settings: Settings, handover: Handover, backend: Backend, *, lo
     )
     recorder = Recorder(settings.state_dir, guard.leases.names_of, log=log)
     guard.on_refused = recorder.question
-    live = Live(Parts(backend, Enforcer(backend), guard, settings, log), resolv.upstreams)
+    live = Live(Parts(backend, probe, Enforcer(backend), guard, settings, log), resolv.upstreams)
     feed = GithubFeed(settings, live)
     if not handover.resuming:
         # A namespace may outlive a box: what the last one learned is not ours.

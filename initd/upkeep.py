@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from initd import metrics
 from initd.kernel import conntrack
 from initd.published import replace
+from initd.resolve import sweep_pause
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -23,14 +24,11 @@ if TYPE_CHECKING:
 HEARTBEAT = 5.0
 """Seconds between signs of life; the keeper waits for four of them."""
 
-SWEEP = 10.0
-"""Seconds between looks at open connections and resolv.conf; twice in a grace, or leases in use would end."""
-
-SWEEP_LEAST = 0.5
-"""The same when the grace is shorter than a second."""
-
 METRICS = 15.0
 """Seconds between two writings of the metrics file: Prometheus' usual scrape interval."""
+
+RECHECK = 60.0
+"""Seconds between comparisons of the kernel's rules with what was written."""
 
 SAVE = 2.0
 """Seconds between looks whether anything is worth writing down."""
@@ -54,9 +52,10 @@ class Upkeep:
         duties = [
             asyncio.create_task(feed.keep()),
             asyncio.create_task(self._every(HEARTBEAT, self._heartbeat)),
-            asyncio.create_task(self._every(min(SWEEP, max(self._settings.dns_grace / 2, SWEEP_LEAST)), self._sweep)),
+            asyncio.create_task(self._every(sweep_pause(self._settings), self._sweep)),
             asyncio.create_task(self._every(SAVE, self._save)),
             asyncio.create_task(self._every(SAVE, self._record)),
+            asyncio.create_task(self._every(RECHECK, self._recheck, first=RECHECK)),
             *([asyncio.create_task(self._every(METRICS, self._metrics))] if self._settings.metrics_file else []),
         ]
         try:
@@ -67,13 +66,17 @@ class Upkeep:
             await asyncio.gather(*duties, return_exceptions=True)
         await self._save()
 
-    async def _every(self, seconds: float, duty: Callable[[], Awaitable[None]]) -> None:
+    async def _every(self, seconds: float, duty: Callable[[], Awaitable[None]], *, first: float = 0.0) -> None:
+        await asyncio.sleep(first)
         while True:
             try:
                 await duty()
             except Exception:
                 self._live.parts.log.exception("upkeep.failed", duty=duty.__name__)
             await asyncio.sleep(seconds)
+
+    async def _recheck(self) -> None:
+        await self._live.recheck()
 
     async def _heartbeat(self) -> None:
         self._keeping.tell("alive")

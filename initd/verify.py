@@ -44,13 +44,16 @@ class Check:
     fatal: bool
 
 
+NOTHING_RESOLVES = Check("reach", ok=False, detail="no listed name has an address: is DNS up?", fatal=False)
+"""In place of trying, when there is nothing to try."""
+
+
 def plan(
     policy: Policy, lookup: Lookup, upstreams: Iterable[Endpoint], *, guard: str, resolved: Collection[str]
 ) -> dict[str, Any]:
     """What to try under `policy`; `guard` is the address sessions resolve at.
 
-    Only `resolved` names are to be reached, when there are any: one without an answer would hold a start up for the
-    five seconds that libc waits.
+    Only `resolved` names are to be reached: one without an answer would hold a start up for as long as libc waits.
     """
     https = Service("tcp", 443)
     bare = [text for text in UNLISTED if not lookup.decide_address(ip_address(text), https)]
@@ -69,7 +72,7 @@ def plan(
         "connect": [[text, 443] for text in v4 + v6] + [[text, 80] for text in metadata],
         "datagram": [[str(e.address), e.port] for e in list(upstreams)[:2]] + [[text, 53] for text in v4 + v6],
         "ask": [[guard, name] for name in unlisted],
-        "reach": [one for one in listed if one[0] in resolved][:5] or listed[:1],
+        "reach": [one for one in listed if one[0] in resolved][:5],
     }
 
 

@@ -24,13 +24,13 @@ def main() -> int:
     settings = load(os.environ)
     try:
         handover = take_over(os.environ)
-        backend = pick(settings.backend)
+        backend, probe = pick(settings.backend)
         if not handover.resuming:
             Enforcer(backend).lockdown(os.getuid())
         # Imports of 150 ms (asyncio, dnspython, structlog) wait until the box is shut.
         from initd.serve import serve  # noqa: PLC0415
 
-        return serve(settings, handover, backend)
+        return serve(settings, handover, backend=backend, probe=probe)
     except InitdError as error:
         _leave_word(settings, error)
         raise

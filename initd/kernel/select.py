@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from initd.errors import ConfigError, InitdError, KernelError, PrivilegeError
 
 if TYPE_CHECKING:
-    from initd.kernel.base import Backend
+    from initd.kernel.base import Backend, Probe
 
 BACKENDS = {"xtables": "Xtables", "nftables": "Nftables"}
 """Module → class, in the order in which `auto` tries them."""
@@ -20,8 +20,8 @@ def _make(name: str) -> Backend:
     return backend
 
 
-def pick(choice: str) -> Backend:
-    """The first usable backend of `choice` ("auto", "xtables", "nftables").
+def pick(choice: str) -> tuple[Backend, Probe]:
+    """The first usable backend of `choice` ("auto", "xtables", "nftables"), and what its probe found here.
 
     KernelError says what each one lacks, PrivilegeError that none could even be tried, ConfigError that there is no
     such backend.
@@ -41,7 +41,7 @@ def pick(choice: str) -> Backend:
             lacking.append(f"{name}: {error}")
         else:
             if probe.usable:
-                return backend
+                return backend, probe
             lacking.append(f"{name}: {', '.join(probe.missing)}")
     message = f"no usable firewall backend: {'; '.join(lacking)}"
     if denied is not None:

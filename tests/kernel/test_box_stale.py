@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING
 
 import pytest
@@ -37,14 +38,13 @@ def armed(lab: Lab) -> Box:
 
 def test_an_answer_that_has_expired_is_given_again_while_nobody_answers(lab: Lab, armed: Box) -> None:
     lab.dns.server(RESOLVER4, fault=Fault.SILENT)
+    time.sleep(1.5)  # longer than its TTL
     try:
         assert resolves(armed, "short.example") == [KNOWN]
         assert attempt(armed, ("tcp", KNOWN, 443)).error is None
         assert armed.status()["guard"]["stale"] >= 1
     finally:
         lab.dns.server(RESOLVER4)
-    lab.dns.set("short.example", {"A": OTHER}, ttl=1)
-    assert armed.status()["guard"]["failed"] >= 1
 
 
 def test_a_start_without_dns_uses_the_last_run_s_answers(lab: Lab, armed: Box) -> None:
