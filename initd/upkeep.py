@@ -29,6 +29,9 @@ SWEEP = 10.0
 SWEEP_LEAST = 0.5
 """The same when the grace is shorter than a second."""
 
+AUDIT = 0.5
+"""Seconds by which audit mode may end late."""
+
 METRICS = 15.0
 """Seconds between two writings of the metrics file: Prometheus' usual scrape interval."""
 
@@ -57,6 +60,7 @@ class Upkeep:
             asyncio.create_task(self._every(min(SWEEP, max(self._settings.dns_grace / 2, SWEEP_LEAST)), self._sweep)),
             asyncio.create_task(self._every(SAVE, self._save)),
             asyncio.create_task(self._every(SAVE, self._record)),
+            asyncio.create_task(self._every(AUDIT, self._end_audit)),
             *([asyncio.create_task(self._every(METRICS, self._metrics))] if self._settings.metrics_file else []),
         ]
         try:
@@ -85,6 +89,10 @@ class Upkeep:
             self._live.upstreams = frozenset(upstreams)
             await self._live.refresh()  # the rules first: the guard must not ask where it may not go
             self._live.parts.guard.set_upstreams(upstreams)
+
+    async def _end_audit(self) -> None:
+        if self._live.audit is not None and not self._live.auditing:
+            await self._live.set_audit(None)
 
     async def _record(self) -> None:
         self._operations.recorder.write()
