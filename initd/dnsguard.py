@@ -30,6 +30,7 @@ from initd.core.dnsfilter import (
     screen,
     type_name,
 )
+from initd.core.policy import Verdict
 from initd.core.throttle import Throttle
 from initd.dnsfigures import Asked, Counts, GuardStats, ResolveError
 from initd.dnslearn import Held, LearnedSet, Learner
@@ -224,6 +225,9 @@ class DnsGuard:
             own = tuple(one.packed for one in judged.addresses if len(one.packed) == width)
             reply = wire.address_reply(query.name, query.type, (), own) if own else _EMPTY
             return wire.render(data, query, reply, LOCAL_TTL, stream=port.stream)
+        if judged.fate is Fate.FORWARD and judged.decision.verdict is not Verdict.LISTED:
+            asked = Asked(judged.name, type_name(query.type), judged.decision.verdict, peer, port.stream, allowed=True)
+            self.on_refused(asked)
         outcome = self._want((query.name, query.type), judged, partial(_deliver, data, query, port, peer))
         return None if outcome is None else _rendered(data, query, port, outcome)
 

@@ -82,6 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         answer, code = COMMANDS[arguments.command](arguments)
         text = json.dumps(answer) if arguments.json else TEXT[arguments.command](answer, color=report.color())
+        if loud := narrative.banner(answer):
+            sys.stderr.write((report.paint(loud, report.RED, color=sys.stderr.isatty())) + "\n")
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
     except InitdError as error:

@@ -31,6 +31,7 @@ async def examine(settings: Settings, live: Live) -> list[dict[str, Any]]:
     return [
         _check("ready", (settings.run_dir / "ready").exists(), "armed, and PID 1 has dropped its privileges"),
         await _rules(live),
+        _mode(live),
         await _guard(),
         _workspace(settings),
         _disk(settings.workspace),
@@ -49,6 +50,13 @@ async def _rules(live: Live) -> dict[str, Any]:
     if differs:
         return _check("rules", False, "; ".join(differs))
     return _check("rules", True, f"the kernel holds what was written ({live.parts.backend.name})")
+
+
+def _mode(live: Live) -> dict[str, Any]:
+    """Audit mode was asked for, so it is no failure; but it must not pass for enforcement."""
+    if live.auditing:
+        return _check("mode", True, "AUDIT MODE: NOTHING IS ENFORCED, what is not listed is let through and recorded")
+    return _check("mode", True, "enforcing")
 
 
 async def _guard() -> dict[str, Any]:

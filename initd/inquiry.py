@@ -45,6 +45,16 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
         "last refusals, the exact line to add and the command that puts it into force. Written to be read by an agent.",
     )
     why.add_argument("target", metavar="HOST[:PORT]", help="a name, an address or a URL; the port refused last, or 443")
+    audit = command(
+        "audit",
+        "enforce nothing for a while and record what would be refused; root only",
+        "Audit mode: what is merely unlisted is let through and recorded, so that `suggest` can write the policy. "
+        "Special ranges, other resolvers and exceptions stay shut. It ends by itself. Without an option: is it "
+        "on?",
+    )
+    when = audit.add_mutually_exclusive_group()
+    when.add_argument("--for", dest="span", metavar="TIME", help="how long, such as 30m or 2h; 24h at most")
+    when.add_argument("--off", action="store_true", help="end it now; connections that it let through are closed")
     suggest = command(
         "suggest",
         "print the policy lines that would allow what was refused, in their narrowest form",
@@ -59,18 +69,34 @@ def _log(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     if arguments.follow:
         _follow(since, as_json=arguments.json)
     rows, last = everything()
-    return {"rows": [row for row in rows if row["last"] >= since], "lost": last["lost"]}, 0
+    return {"rows": [row for row in rows if row["last"] >= since], "lost": last["lost"], **_mode(last)}, 0
 
 
 def _blocked(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     since = moment(arguments.since)
-    rows, _ = everything()
-    return {"blocked": narrative.folded([row for row in rows if row["last"] >= since])}, 0
+    rows, last = everything()
+    return {"blocked": narrative.folded([row for row in rows if row["last"] >= since]), **_mode(last)}, 0
 
 
 def _why(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     answer = ask("why", target=arguments.target)
     return answer, 0 if answer["allowed"] else 1
+
+
+def _audit(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
+    if arguments.span is None and not arguments.off:
+        return {"mode": "enforce", "closed": [], **_mode(ask("status"))}, 0
+    try:
+        seconds = 0 if arguments.off else parse_span(arguments.span)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+    if not (seconds or arguments.off):
+        raise ConfigError("audit mode for no time at all", hint="to end it: fwctl audit --off")
+    return ask("audit", seconds=seconds), 0
+
+
+def _mode(status: dict[str, Any]) -> dict[str, Any]:
+    return {key: status[key] for key in ("mode", "audit") if key in status}
 
 
 def _suggest(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
@@ -90,6 +116,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], int]]] 
     "blocked": _blocked,
     "why": _why,
     "suggest": _suggest,
+    "audit": _audit,
 }
 
 
@@ -152,7 +179,7 @@ def _follow(since: float, *, as_json: bool) -> None:
 
 def _coming(since: float) -> Iterator[dict[str, Any]]:
     """Rows without end. A warden that restarts counts from a new beginning and has what was written down."""
-    after, silent = 0, 0.0
+    after, silent, loud = 0, 0.0, False
     while True:
         try:
             rows, answer = everything(after)
@@ -162,6 +189,9 @@ def _coming(since: float) -> Iterator[dict[str, Any]]:
                 raise
         else:
             silent = 0.0
+            if not loud and (words := narrative.banner(answer)):
+                sys.stderr.write(f"{words}\n")
+            loud = "audit" in answer
             yield from (row for row in rows if row["last"] >= since)
             after = answer["number"]
         time.sleep(PATIENCE)

@@ -8,18 +8,20 @@ force.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
-from initd import memory
+from initd import audit, memory
 from initd.core.membership import Membership
 from initd.core.policy import Feed, changes, widens
-from initd.core.ruleset import Element, Surroundings, compile_ruleset
-from initd.errors import PrivilegeError
+from initd.core.ruleset import Element, Ruleset, Surroundings, compile_ruleset
+from initd.core.special import special_of
+from initd.errors import EnforcementError, InitdError, PrivilegeError
 from initd.kernel import conntrack
 from initd.network import neighbourhood
 from initd.published import publish, text
@@ -28,8 +30,9 @@ from initd.resolve import Resolution, guard_options, resolve_names
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping
 
+    from initd.audit import Audit
     from initd.core.policy import Lookup, Policy
-    from initd.core.ruleset import Endpoint, IPAddress, IPNetwork, Ruleset
+    from initd.core.ruleset import Endpoint, IPAddress, IPNetwork
     from initd.dnsguard import DnsGuard, GuardOptions
     from initd.enforce import Enforcer
     from initd.kernel.base import Backend, Probe
@@ -41,6 +44,9 @@ ENGINE_DNS = "127.0.0.11"
 """Docker's embedded resolver (libnetwork, resolver.go)."""
 
 DNS = 53
+
+NEVER = Ruleset(-1)
+"""Equal to no ruleset that was ever compiled: whatever the kernel holds now, it is written again."""
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -93,6 +99,7 @@ class Live:
         self.feeds: dict[Feed, tuple[IPNetwork, ...]] = {}
         self.now: InForce | None = None
         self.last_reload: Reloaded | None = None
+        self.audit: Audit | None = None
         self._changing = asyncio.Lock()
         self._writing = asyncio.Lock()
         self._options: GuardOptions | None = None
@@ -120,6 +127,34 @@ class Live:
         """Compile and enforce again: upstream resolvers, feeds or the namespace's networks have changed."""
         async with self._changing:
             return await self._put(self.in_force.loaded, self.parts.enforcer.enforce)
+
+    @property
+    def auditing(self) -> bool:
+        """Whether audit mode is on and not over."""
+        return self.audit is not None and not self.audit.over(time.monotonic())
+
+    async def set_audit(self, wanted: Audit | None) -> tuple[str, ...]:
+        """Enter audit mode, or leave it; connections that end with it. An error enforces, whatever was asked for."""
+        path = self.parts.settings.run_dir / audit.FILE
+        async with self._changing:
+            self.audit = None
+            try:
+                # First, so that the next warden ends it on time, or does not bring it back.
+                audit.note(path, wanted)
+                self.audit = wanted
+                closed = await self._put(self.in_force.loaded, self.parts.enforcer.enforce)
+            except (InitdError, OSError) as error:
+                self.audit = None
+                with contextlib.suppress(OSError):
+                    audit.note(path, None)
+                self.now = replace(self.in_force, ruleset=NEVER)
+                await self._put(self.in_force.loaded, self.parts.enforcer.enforce)
+                if isinstance(error, OSError):
+                    raise EnforcementError(f"{path} cannot be written: {error.strerror}") from error
+                raise
+        left = wanted and wanted.left(time.monotonic())
+        self.parts.log.warning("audit.entered" if wanted else "audit.ended", left=left, closed=len(closed))
+        return closed
 
     async def reload(self, loaded: Loaded, *, may_widen: bool, within: float) -> Reloaded:
         """Put a policy into force and resolve what is new, which may take `within` seconds."""
@@ -196,9 +231,11 @@ class Live:
                 ms=round((time.monotonic() - started) * 1000, 1),
             )
         before, self.now = self.now, InForce(loaded, lookup, ruleset)
-        publish(self.parts.settings.run_dir, text(policy, loaded.source), log=self.parts.log)
+        words = text(policy, loaded.source, audit=ruleset.audit)
+        publish(self.parts.settings.run_dir, words, log=self.parts.log)
         names = {lease.address: lease.name for lease in self.parts.guard.leases}
         options = guard_options(self.parts.settings, policy, chain.from_iterable(self._networks().values()))
+        options = replace(options, audit=ruleset.audit)
         self.parts.guard.set_policy(lookup.decide, options=None if options == self._options else options)
         self._options = options
         if before is None:
@@ -230,6 +267,7 @@ class Live:
             engine_dns=any(str(endpoint.address) == ENGINE_DNS for endpoint in self.upstreams),
             subnets=frozenset(neighbourhood().subnets),
             log=self.parts.probe.capabilities["nflog"],
+            audit=self.auditing,
         )
         return compile_ruleset(policy.ranges, policy.feeds, networks=self._networks(), around=around)
 
@@ -248,6 +286,8 @@ class Live:
         own = neighbourhood().addresses
 
         def revoked(flow: conntrack.Flow) -> bool:
+            if ruleset.audit and flow.dport != DNS and special_of(flow.destination) is None:
+                return False
             inward = flow.destination.is_loopback or flow.destination in own
             asking = (flow.destination, flow.dport) in upstream or (ruleset.engine_dns and flow.dport == DNS)
             return not inward and not asking and not allowed.holds(flow.destination, flow.proto, flow.dport)

@@ -112,7 +112,25 @@ def suggest(answer: dict[str, Any], *, color: bool) -> str:
     return "\n".join(lines or ["# nothing was refused that a line could allow"])
 
 
-TEXT: dict[str, Callable[..., str]] = {"log": log, "blocked": blocked, "why": why, "suggest": suggest}
+def audit(answer: dict[str, Any], *, color: bool) -> str:
+    """Whether it is on; while it is, `banner` says the rest."""
+    if answer["mode"] == "audit":
+        lines = [paint("audit mode is ON", RED, color=color) + ": `fwctl suggest` lists what was used, `--off` ends it"]
+    else:
+        lines = [paint("audit mode is off", GREEN, color=color) + ": the policy is enforced"]
+    return "\n".join([*lines, *(f"  closed {one}" for one in answer["closed"])])
+
+
+def banner(answer: dict[str, Any]) -> str | None:
+    """What every command says while audit mode is on."""
+    if "audit" not in answer:
+        return None
+    left = answer["audit"]["seconds_left"]
+    end = "for as long as the box runs (INITD_MODE=audit)" if left is None else f"for {show_span(left)} more"
+    return f"*** AUDIT MODE {end}: NOTHING IS ENFORCED, what is not listed is let through and recorded ***"
+
+
+TEXT: dict[str, Callable[..., str]] = {"audit": audit, "log": log, "blocked": blocked, "why": why, "suggest": suggest}
 
 
 def folded(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:

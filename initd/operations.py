@@ -6,8 +6,10 @@ import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from initd import __version__, verify, why
+from initd import __version__, audit, verify, why
 from initd.core.membership import Membership
+from initd.core.spans import show_span
+from initd.errors import ConfigError, PrivilegeError
 from initd.explain import explain
 from initd.health import examine
 from initd.live import literal_names
@@ -50,16 +52,23 @@ class Operations:
             "log": self._log,
             "why": self._why,
             "suggest": self._suggest,
+            "audit": self._audit,
         }
 
     async def handle(self, request: Request, peer: Peer) -> dict[str, Any]:
-        """Carry out one validated request."""
-        return await self._operations[request.op](request, peer)
+        """Carry out one validated request. While audit mode is on, every answer says so."""
+        answer = await self._operations[request.op](request, peer)
+        if not self._live.auditing:
+            return answer
+        left = self._live.audit.left(time.monotonic()) if self._live.audit else 0.0
+        return {**answer, "audit": {"seconds_left": None if left is None else round(left, 1)}}
 
     def warnings(self) -> list[str]:
         """What the operator should know, in words."""
         how = self._writable()
         found = [f"a session can change its own policy: {how}; mount it read-only"] if how else []
+        if self._live.auditing:
+            found.insert(0, "AUDIT MODE: nothing is enforced, what is not listed is let through and recorded")
         if not self.recorder.figures().listening:
             found.append("refused connections are counted but not explained: the kernel has no NFLOG for us")
         return found
@@ -80,7 +89,7 @@ class Operations:
         return {
             "version": __version__,
             "ready": (self._settings.run_dir / "ready").exists(),
-            "mode": "enforce",
+            "mode": "audit" if live.auditing else "enforce",
             "backend": live.parts.backend.name,
             "capabilities": dict(live.parts.probe.capabilities),
             "missing": list(live.parts.probe.missing),
@@ -136,6 +145,17 @@ class Operations:
     async def _suggest(self, _request: Request, _peer: Peer) -> dict[str, Any]:
         return why.suggestions(self._live, self.recorder, self._settings)
 
+    async def _audit(self, request: Request, peer: Peer) -> dict[str, Any]:
+        seconds = request.fields["seconds"]
+        if peer.uid != 0:
+            raise PrivilegeError(
+                "only root may switch audit mode", hint="run it from the host: docker compose exec claude fwctl audit"
+            )
+        if not 0 <= seconds <= audit.LONGEST:
+            raise ConfigError(f"audit mode lasts {show_span(audit.LONGEST)} at most, not {seconds} s")
+        closed = await self._live.set_audit(audit.Audit(time.monotonic() + seconds) if seconds else None)
+        return {"mode": "audit" if self._live.auditing else "enforce", "closed": list(closed[:SHOWN])}
+
     async def _verify(self, _request: Request, _peer: Peer) -> dict[str, Any]:
         checks = await self.verify()
         return {
@@ -148,6 +168,8 @@ class Operations:
         now = self._live.in_force
         resolved = self._live.parts.guard.leases.names()
         plan = verify.plan(now.policy, now.lookup, sorted(self._live.upstreams), guard="127.0.0.1", resolved=resolved)
+        if self._live.auditing:
+            plan = verify.in_audit(plan)
         with self.recorder.unrecorded(plan):
             checks = verify.judge(await self._keeping.probe(plan))
         return checks if plan["reach"] or not literal_names(now.policy) else (*checks, verify.NOTHING_RESOLVES)

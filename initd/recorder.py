@@ -23,9 +23,10 @@ from initd.kernel.nflog import PacketLog
 from initd.owner import Owners
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Iterator, Sequence
     from pathlib import Path
 
+    from initd.core.leases import Lease
     from initd.core.ruleset import IPAddress
     from initd.dnsguard import Asked
     from initd.kernel.nflog import Packet
@@ -55,12 +56,12 @@ class Figures:
 
 
 class Recorder:
-    """The ring, its file, and both sources. `names_of` says by which names an address was learned."""
+    """The ring, its file, and both sources. `leases_of` says by which names an address was learned."""
 
-    def __init__(self, directory: Path, names_of: Callable[[IPAddress], tuple[str, ...]], *, log: Log) -> None:
+    def __init__(self, directory: Path, leases_of: Callable[[IPAddress], Sequence[Lease]], *, log: Log) -> None:
         self.ring = Ring()
         self._path = directory / FILE
-        self._names_of = names_of
+        self._leases_of = leases_of
         self._log = log
         self._owners = Owners()
         self._loud = Throttle(10, 20)
@@ -136,9 +137,10 @@ class Recorder:
         actor = self._owners.of(
             packet.proto, (packet.source, packet.sport or 0), (packet.destination, packet.dport or 0), uid=packet.uid
         )
-        names = self._names_of(packet.destination)
-        reason = "special" if special_of(packet.destination) else "port" if names else "unlisted"
-        subject = names[0] if names else address
+        leases = sorted(self._leases_of(packet.destination), key=lambda lease: not lease.services)
+        listed = bool(leases and leases[0].services)
+        reason = "special" if special_of(packet.destination) else "port" if listed else "unlisted"
+        subject = leases[0].name if leases else address
         allowed = packet.prefix.endswith("audit")
         self._note(
             Event("connection", subject, packet.proto, reason, address, packet.dport, allowed=allowed, actor=actor)

@@ -34,17 +34,22 @@ def size_of(policy: Policy) -> dict[str, int]:
 def status(answer: dict[str, Any], *, color: bool, width: int | None = None) -> str:
     """The page one looks at, at most `width` columns wide (None: as wide as it comes)."""
     lines = _wrapped(_facts(answer), width or 10_000)
-    word = "enforcing" if answer["ready"] else "starting"
-    lines[0] = paint(word, GREEN if answer["ready"] else YELLOW, color=color) + lines[0].removeprefix(word)
+    word = _state(answer)
+    shade = {"enforcing": GREEN, "starting": YELLOW}.get(word, RED)
+    lines[0] = paint(word, shade, color=color) + lines[0].removeprefix(word)
     warnings = _wrapped([("warning", text) for text in answer["warnings"]], width or 10_000)
     return "\n".join([*lines, *(paint(line, YELLOW, color=color) for line in warnings)])
+
+
+def _state(answer: dict[str, Any]) -> str:
+    return "AUDIT MODE" if answer["mode"] == "audit" else "enforcing" if answer["ready"] else "starting"
 
 
 def _facts(answer: dict[str, Any]) -> list[tuple[str, str]]:
     policy, guard, rules, refusals = answer["policy"], answer["guard"], answer["rules"], answer["refusals"]
     facts = [
         (
-            "enforcing" if answer["ready"] else "starting",
+            _state(answer),
             f"backend {answer['backend']}, up {show_span(answer['uptime'])}, warden started {answer['generation']}x",
         ),
         ("policy", f"{policy['source']}: {_sizes(policy)}"),

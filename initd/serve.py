@@ -7,7 +7,7 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
-from initd import logs, memory, verify
+from initd import audit, logs, memory, verify
 from initd.control import Control
 from initd.core.leases import from_state
 from initd.dnsguard import DnsGuard
@@ -54,9 +54,10 @@ async def _serve(settings: Settings, handover: Handover, *, backend: Backend, pr
         options=guard_options(settings, loaded.policy, ()),
         log=log,
     )
-    recorder = Recorder(settings.state_dir, guard.leases.names_of, log=log)
+    recorder = Recorder(settings.state_dir, guard.leases.of, log=log)
     guard.on_refused = recorder.question
     live = Live(Parts(backend, probe, Enforcer(backend), guard, settings, log), resolv.upstreams)
+    live.audit = audit.begin(settings, resuming=handover.resuming, now=time.monotonic())
     feed = GithubFeed(settings, live)
     if not handover.resuming:
         # A namespace may outlive a box: what the last one learned is not ours.

@@ -45,6 +45,7 @@ class Settings(NamedTuple):
     log_format: str
     log_level: str
     metrics_file: str
+    mode: str
 
     def environ(self) -> dict[str, str]:
         """These settings as variables, complete: `load` makes the same of them without looking at any file."""
@@ -149,6 +150,7 @@ FIELDS: dict[str, Field] = {
     "stop_grace": Field("INITD_STOP_GRACE", _seconds(0, 3_600), 8),
     "log_format": Field("INITD_LOG_FORMAT", _choice("auto", "console", "json"), "auto"),
     "log_level": Field("INITD_LOG_LEVEL", _choice("debug", "info", "warning", "error"), "info"),
+    "mode": Field("INITD_MODE", _choice("enforce", "audit"), "enforce"),
     "metrics_file": Field("INITD_METRICS_FILE", _path_or_nothing, ""),
 }
 

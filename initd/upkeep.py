@@ -24,6 +24,9 @@ if TYPE_CHECKING:
 HEARTBEAT = 5.0
 """Seconds between signs of life; the keeper waits for four of them."""
 
+AUDIT = 0.5
+"""Seconds by which audit mode may end late."""
+
 METRICS = 15.0
 """Seconds between two writings of the metrics file: Prometheus' usual scrape interval."""
 
@@ -56,6 +59,7 @@ class Upkeep:
             asyncio.create_task(self._every(SAVE, self._save)),
             asyncio.create_task(self._every(SAVE, self._record)),
             asyncio.create_task(self._every(RECHECK, self._recheck, first=RECHECK)),
+            asyncio.create_task(self._every(AUDIT, self._end_audit)),
             *([asyncio.create_task(self._every(METRICS, self._metrics))] if self._settings.metrics_file else []),
         ]
         try:
@@ -88,6 +92,10 @@ class Upkeep:
             self._live.upstreams = frozenset(upstreams)
             await self._live.refresh()  # the rules first: the guard must not ask where it may not go
             self._live.parts.guard.set_upstreams(upstreams)
+
+    async def _end_audit(self) -> None:
+        if self._live.audit is not None and not self._live.auditing:
+            await self._live.set_audit(None)
 
     async def _record(self) -> None:
         self._operations.recorder.write()

@@ -11,6 +11,7 @@ from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
 from initd.core.policy import Service, Verdict
+from initd.core.special import special_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Sequence
@@ -74,6 +75,12 @@ def plan(
         "ask": [[guard, name] for name in unlisted],
         "reach": [one for one in listed if one[0] in resolved][:5],
     }
+
+
+def in_audit(plan: dict[str, Any]) -> dict[str, Any]:
+    """What of a plan holds in audit mode too: special ranges, other resolvers, and what is listed."""
+    special = [target for target in plan["connect"] if special_of(ip_address(target[0]))]
+    return {**plan, "connect": special, "ask": []}
 
 
 def judge(outcomes: dict[str, list[dict[str, Any]]]) -> tuple[Check, ...]:

@@ -69,7 +69,8 @@ class GuardOptions:
 
     `range_listed` says whether a special address lies in a range that the policy lists. Times are seconds, `cache`
     bytes, `concurrency` questions in flight; `new_names` bounds how many names a minute may be asked upstream for the
-    first time below one wildcard (0: no bound).
+    first time below one wildcard (0: no bound). With `audit` what is merely unlisted is asked upstream too, and opens
+    nothing by that.
     """
 
     terms: Terms = field(default_factory=Terms)
@@ -80,6 +81,7 @@ class GuardOptions:
     concurrency: int = 256
     answer_within: float = 2.8
     new_names: int = 0
+    audit: bool = False
 
 
 class Fate(Enum):
@@ -120,6 +122,8 @@ def judge(name: bytes, decide: Decide, options: GuardOptions) -> Judged:
     if decision.verdict is Verdict.LISTED:
         if local := options.local_names.get(text):
             return Judged(text, Fate.HOSTS, decision, local)
+        return Judged(text, Fate.FORWARD, decision)
+    if options.audit and decision.verdict is not Verdict.DENIED:
         return Judged(text, Fate.FORWARD, decision)
     return Judged(text, Fate.EMPTY if decision.verdict is Verdict.PARENT else Fate.REFUSE, decision)
 

@@ -90,6 +90,10 @@ class Leases:
         """Names that hold `address`."""
         return tuple(self._by_address.get(address, ()))
 
+    def of(self, address: IPAddress) -> tuple[Lease, ...]:
+        """The leases on `address`; those without services were only looked up, in audit mode."""
+        return tuple(self._by_address.get(address, {}).values())
+
     def addresses_of(self, name: str) -> tuple[IPAddress, ...]:
         """Addresses that `name` holds, least recently answered first."""
         return tuple(self._by_name.get(name, ()))

@@ -22,6 +22,7 @@ OPERATIONS: dict[str, dict[str, type]] = {
     "log": {"after": int},
     "why": {"target": str},
     "suggest": {},
+    "audit": {"seconds": int},
 }
 """Operation → its fields, all of them required."""
 

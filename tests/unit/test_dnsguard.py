@@ -600,3 +600,18 @@ def test_whatever_the_upstream_sends_nothing_is_learned_but_the_answer(tails):
             assert (await lab.ask("site.example")).addresses
 
     asyncio.run(run())
+
+
+class TestAudit:
+    @scenario
+    async def test_the_unlisted_is_asked_upstream_and_opens_nothing(self):
+        async with guarded(audit=True) as lab:
+            lab.guard.on_refused = lambda asked: lab.events.append(("audit", asked.name, asked.allowed))
+            got = await lab.ask("evil.test")
+            assert (got.rcode, got.addresses) == ("NOERROR", ["203.0.113.66"])
+            assert lab.events[0] == ("audit", "evil.test", True)
+            assert not [event for event in lab.events if event[0] == "learn"]
+            (lease,) = lab.guard.leases.of(ip_address("203.0.113.66"))
+            assert (lease.name, lease.services) == ("evil.test", frozenset())
+            lab.guard.set_policy(lab.guard._decide, options=GuardOptions())
+            assert (await lab.ask("evil.test")).rcode == "NXDOMAIN", "nothing of it is left in the cache"

@@ -11,7 +11,8 @@ import pytest
 
 from initd import recorder
 from initd.core.events import Event, Ring
-from initd.core.policy import Verdict
+from initd.core.leases import Lease
+from initd.core.policy import Service, Verdict
 from initd.dnsfigures import Asked
 from initd.kernel.nflog import Packet
 from initd.recorder import Recorder
@@ -25,12 +26,13 @@ class Log:
         self.lines.append({"event": event, **fields})
 
 
-NAMES = {ip_address("203.0.113.7"): ("a.example",)}
+ADDRESS = ip_address("203.0.113.7")
+LEASES = {ADDRESS: (Lease("a.example", ADDRESS, frozenset({Service("tcp", 443)}), 0.0),)}
 
 
 @pytest.fixture
 def made(tmp_path):
-    return Recorder(tmp_path, lambda address: NAMES.get(address, ()), log=Log())
+    return Recorder(tmp_path, lambda address: LEASES.get(address, ()), log=Log())
 
 
 def packet(address: str, port: int = 443, *, prefix: str = "initd", uid: int | None = 501) -> Packet:

@@ -51,6 +51,7 @@ def test_defaults():
         log_format="auto",
         log_level="info",
         metrics_file="",
+        mode="enforce",
     )
 
 
@@ -329,6 +330,7 @@ VALUES = st.builds(
     log_format=st.sampled_from(["auto", "console", "json"]),
     log_level=st.sampled_from(["debug", "info", "warning", "error"]),
     metrics_file=st.sampled_from(["", "/run/initd/initd.prom"]),
+    mode=st.sampled_from(["enforce", "audit"]),
 )
 
 

@@ -1,0 +1,79 @@
+"""Runs: warden. Audit mode: what is merely unlisted is let through and recorded, for a time that root asked for.
+
+The end is a moment of the monotonic clock, which all processes of a boot share, written down before anything changes:
+a warden that restarts takes up what is left, never more. A note that is missing, damaged or somebody else's means that
+everything is enforced. No error leads into this mode.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from initd.settings import Settings
+
+FILE = "audit.json"
+LONGEST = 86_400
+"""Seconds that one request may ask for; INITD_MODE=audit lasts as long as the box."""
+
+
+@dataclass(frozen=True, slots=True)
+class Audit:
+    """`until` is monotonic seconds, None for as long as the box runs (INITD_MODE=audit)."""
+
+    until: float | None
+
+    def left(self, now: float) -> float | None:
+        """Seconds left, never negative; None without an end."""
+        return None if self.until is None else max(self.until - now, 0.0)
+
+    def over(self, now: float) -> bool:
+        """Whether it has ended."""
+        return self.until is not None and now >= self.until
+
+
+def begin(settings: Settings, *, resuming: bool, now: float) -> Audit | None:
+    """What a warden starts with. The first of a box goes by the settings, a later one by the note of the one before."""
+    wanted = Audit(None) if settings.mode == "audit" else None
+    path = settings.run_dir / FILE
+    if not resuming:
+        try:
+            note(path, wanted)
+        except OSError:
+            return None
+        return wanted
+    found = _read(path, now)
+    if found is not None and found.until is None:
+        return wanted
+    return found
+
+
+def note(path: Path, audit: Audit | None) -> None:
+    """Write down what holds from now on. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(json.dumps({"audit": audit is not None, "until": audit and audit.until}), encoding="ascii")
+    temporary.chmod(0o644)
+    temporary.replace(path)
+
+
+def _read(path: Path, now: float) -> Audit | None:
+    """The note, if it is ours and audit mode is not over; None otherwise."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        with os.fdopen(descriptor, "rb") as file:
+            if os.fstat(descriptor).st_uid != os.geteuid():
+                return None
+            data = json.loads(file.read(4096))
+        if data["audit"] is not True:
+            return None
+        if data["until"] is None:
+            return Audit(None)
+        until = float(data["until"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return Audit(until) if now < until <= now + LONGEST else None
