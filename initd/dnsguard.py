@@ -25,6 +25,7 @@ from initd.core.dnsfilter import (
     GuardOptions,
     Judged,
     judge,
+    known,
     learnable,
     name_wire,
     screen,
@@ -259,7 +260,7 @@ class DnsGuard:
                 return entry if (known and now < entry.check) or self._admit(entry, now) else Failure("insert")
             self._cache.drop(key)
         if judged.fate is Fate.HOSTS:
-            return self._accept(key, judged, _known(judged.addresses, key[1], LOCAL_TTL))
+            return self._accept(key, judged, known(judged.addresses, key[1], LOCAL_TTL))
         waiting = self._pending.get(key)
         if waiting is not None:
             if len(waiting) >= WAITERS:
@@ -303,7 +304,7 @@ class DnsGuard:
             self._log.warning("dns.failed", name=judged.name, type=type_name(key[1]), reason=reason)
         if held := self.leases.addresses_of(judged.name):
             self._counts.stale += 1
-            return self._accept(key, judged, _known(held, key[1], STALE_TTL))
+            return self._accept(key, judged, known(held, key[1], STALE_TTL))
         return Failure(reason)
 
     def _accept(self, key: Key, judged: Judged, answer: wire.Answer) -> Outcome:
@@ -385,12 +386,6 @@ def _same(one: Judged, other: Judged) -> bool:
     return (one.fate, one.addresses, one.decision.services, one.decision.literal) == (
         (other.fate, other.addresses, other.decision.services, other.decision.literal)
     )
-
-
-def _known(addresses: Iterable[IPAddress], qtype: int, ttl: int) -> wire.Answer:
-    width = 4 if qtype == wire.TYPE_A else 16
-    found = tuple(one.packed for one in addresses if len(one.packed) == width)
-    return wire.Answer(wire.NOERROR, False, (), found, ttl, 0)
 
 
 def _rendered(data: bytes, query: wire.Query, port: Port, outcome: Outcome) -> bytes:

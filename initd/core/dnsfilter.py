@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from initd.core.leases import Terms
 from initd.core.policy import Decision, Verdict
 from initd.core.special import SPECIAL4, SPECIAL6
-from initd.core.wire import MAX_NAME, ROOT
+from initd.core.wire import MAX_NAME, NOERROR, ROOT, TYPE_A, Answer
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -230,3 +230,10 @@ def case_mask(name: bytes) -> int:
 def mix_case(name: bytes, mask: int, random: int) -> bytes:
     """`name` with the letters turned to upper case that `random` picks."""
     return (int.from_bytes(name) ^ (mask & random)).to_bytes(len(name))
+
+
+def known(addresses: Iterable[IPAddress], qtype: int, ttl: int) -> Answer:
+    """An answer to A or AAAA out of addresses that we hold ourselves."""
+    width = 4 if qtype == TYPE_A else 16
+    found = tuple(one.packed for one in addresses if len(one.packed) == width)
+    return Answer(NOERROR, truncated=False, chain=(), addresses=found, ttl=ttl, stray=0)

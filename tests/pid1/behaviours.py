@@ -115,7 +115,9 @@ def clean_signal_state(make):
     """the command starts with no signal blocked and none ignored"""
     box = make().start("sh", "-c", "grep -E 'SigBlk|SigIgn' /proc/self/status", wait=False)
     assert box.wait() == 0
-    assert box.stdout.split() == ["SigBlk:", "0" * 16, "SigIgn:", "0" * 16]
+    _, blocked, _, ignored = box.stdout.split()
+    own = 0b11 << 31  # 32 and 33 are glibc's: its posix_spawn, make's for one, leaves them ignored (spawni.c)
+    assert (int(blocked, 16), int(ignored, 16) & ~own) == (0, 0)
 
 
 def caller_mask(make):

@@ -34,7 +34,7 @@ def test_every_guarantee_names_a_test_that_exists() -> None:
     for file, function in named:
         assert (ROOT / file).is_file(), file
         if function:
-            assert re.search(rf"^(async )?def {function}\(", (ROOT / file).read_text(), re.MULTILINE), (
+            assert re.search(rf"^ *(async )?def {function}\(", (ROOT / file).read_text(), re.MULTILINE), (
                 f"{file}::{function}"
             )
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import time
 from ipaddress import IPv4Network, IPv6Network, collapse_addresses, ip_network
 
 import pytest
@@ -93,7 +92,5 @@ def test_surroundings_are_passed_on():
 def test_a_hundred_thousand_ranges():
     services = frozenset({HTTPS, SSH, Service("tcp", 80)})
     rules = [RangeRule(IPv4Network(((11 << 24) + index * 512, 24)), services, ORIGIN) for index in range(100_000)]
-    start = time.process_time()
     made = compile_ruleset(rules, [], networks={}, around=AROUND)
     assert len(made.static) == 300_000
-    assert time.process_time() - start < 2
