@@ -149,7 +149,10 @@ class History:
         where = f"{packet.proto} to {packet.dst} port {packet.dport} ({packet.flags})"
         service = packet.proto == "tcp" and packet.dport
         if packet.dst in {RESOLVER4, THIRD4}:
-            return None if packet.dport == 53 and packet.proto in {"udp", "tcp"} else f"{where}: a resolver"
+            # An answer that finds no socket any more is told so by the kernel (RFC 1122, 3.2.2.1), never by a session.
+            unreachable = (packet.proto, packet.kind) in {("icmp", 3), ("icmp6", 1)}
+            asking = packet.dport == 53 and packet.proto in {"udp", "tcp"}
+            return None if asking or unreachable else f"{where}: a resolver"
         if packet.dst in {"203.0.113.10", "2001:db8:2::10", "203.0.113.90"} and service in WEB:
             return None
         if packet.dst == "203.0.113.91" and service == 8443:
