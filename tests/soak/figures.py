@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 ROLES = ("init", "keeper", "warden")
 GROWTH = {"init": 512, "keeper": 512, "warden": 4096}
-"""KiB that a median may grow from the first third to the last; the warden's caches and allocator breathe by some MiB."""
+"""KiB that a median may grow from the first third to the last; the warden's caches and allocator breathe by MiBs."""
 
 MORE_DESCRIPTORS = 4
 WARM_UP = 10.0  # seconds after a process was first seen

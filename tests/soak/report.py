@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import datetime
+import datetime as dt
 import os
 import platform
+import statistics
 from typing import TYPE_CHECKING
 
 from tests.soak.figures import ROLES
@@ -17,7 +18,7 @@ def table(soak: Soak) -> str:
     """What was run, what was done to the box, what was found."""
     counts, problems = soak.counts, soak.problems
     rows = [
-        ("date, seed", f"{datetime.datetime.now(tz=datetime.UTC):%Y-%m-%d}, {soak.plan.seed}"),
+        ("date, seed", f"{dt.datetime.now(tz=dt.UTC):%Y-%m-%d}, {soak.plan.seed}"),
         ("length", f"{soak.elapsed:.0f} s" + (" (interrupted)" if soak.interrupted else "")),
         ("machine", f"Linux {platform.release()}, {os.cpu_count()} cores, Python {platform.python_version()}"),
         ("sessions", f"{counts['session']}"),
@@ -27,7 +28,7 @@ def table(soak: Soak) -> str:
         ("reloads", f"{counts['reload']} good, {counts['bad_reload']} of a bad file"),
         ("addresses rotated", f"{counts['rotate'] + counts['rotate_downloads']} times"),
         ("DNS faults", f"{counts['fault']} (SERVFAIL, silence, garbage, slow; one resolver or both)"),
-        ("wardens killed (SIGKILL)", f"{counts['kill']}"),
+        ("wardens killed (SIGKILL)", f"{counts['kill']}{_back(soak.recoveries)}"),
         ("orphan storms", f"{counts['orphans']}"),
         ("downloads", f"{counts['download']}, {counts['bytes downloaded'] / 1000:.0f} kB in all"),
         ("packets that reached the internet", f"{counts['packets']}"),
@@ -41,6 +42,12 @@ def table(soak: Soak) -> str:
         ("problems of any kind", f"**{problems.total()}**"),
     ]
     return "\n".join(["| what | figure |", "|---|---|", *(f"| {key} | {value} |" for key, value in rows)]) + "\n"
+
+
+def _back(seconds: list[float]) -> str:
+    if not seconds:
+        return ""
+    return f"; the next answered after {statistics.median(seconds):.1f} s (median), {max(seconds):.1f} s at most"
 
 
 def _life(soak: Soak, role: str) -> tuple[str, str]:

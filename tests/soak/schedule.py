@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 LONG = 600.0
-"""Seconds from which a run is long: its middle half then has no warden killed, so that one warden's life can be judged."""
+"""Seconds from which a run is long: no warden is killed in its middle half, so that one warden's life can be judged."""
 
 BETWEEN_KILLS = (64.0, 120.0)
 """The keeper forgets a crash after 60 s: each kill meets the shortest back-off."""

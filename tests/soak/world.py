@@ -36,7 +36,7 @@ MARGIN = 0.5
 """Seconds within which a packet counts as sent before a change: time stamps are taken at the far end of the cable."""
 
 SETTLE = 6.0
-"""Seconds after the last resolver came back, for which no failure counts: the guard may still wait for old questions."""
+"""Seconds after a resolver came back, for which no failure counts: the guard may still wait for old questions."""
 
 LATE = frozenset({"TIMEOUT", "EAI_AGAIN"})
 """Outcomes that a loaded machine may cause, too; they are tried again, and count when they happen RETRIES times."""
