@@ -6,6 +6,7 @@ Exit codes: 0 nothing went wrong, 1 something did, 77 it cannot run here, 130 in
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from pathlib import Path
 
@@ -31,6 +32,8 @@ def arguments() -> argparse.Namespace:
 
 def main() -> int:
     """One soak, its table on standard output."""
+    # A terminal sends Ctrl-C to everybody; blocked, it is inherited as such, and only the run itself asks for it.
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
     given = arguments()
     seconds = given.hours * 3600 + given.minutes * 60 + given.seconds or 120.0
     if (reason := labs.can_run()) is not None:
@@ -51,7 +54,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(main())

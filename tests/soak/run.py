@@ -144,7 +144,8 @@ class Soak:
             if not self.box.running:
                 self._problem("box", f"PID 1 has ended with {self.box.wait()}: {self.box.logs().text[-2000:]}")
                 return
-            time.sleep(TICK)
+            if signal.sigtimedwait([signal.SIGINT], TICK):
+                raise KeyboardInterrupt
 
     def _do(self, event: Event) -> None:
         action: Callable[[dict[str, Any]], None] = getattr(self, f"_{event.kind}")
