@@ -10,7 +10,7 @@ TESTS   := catatonit conntrack debootstrap dnsmasq-base docker.io dumb-init fish
 REQUIRE ?=
 INTERACTIVE ?=
 
-.PHONY: help setup demo test test-vm lint bench docs clean
+.PHONY: help setup demo test test-vm soak lint bench docs clean
 
 help:  ## show this list
 	@sed -n 's/^\([a-z-]*\):[^#]*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -25,6 +25,10 @@ test: setup lint  ## run everything; without root what can be run (REQUIRE=all t
 test-vm: setup  ## boot Debian 12's and 13's kernels and run the kernel tests there, about 15 min (docs/portability.md)
 	@sh tests/support/packages.sh cpio debootstrap kmod qemu-system-x86 zstd
 	tests/vm/run
+
+soak: setup  ## sessions, reloads, faults and kills for HOURS= or MINUTES=, SEED= (docs/soak.md)
+	@$(BIN)/python -m tests.soak $(if $(HOURS),--hours $(HOURS)) $(if $(MINUTES),--minutes $(MINUTES)) \
+		$(if $(SEED),--seed $(SEED)) $(if $(BACKEND),--backend $(BACKEND))
 
 lint: setup  ## ruff, mypy strict, import contracts
 	$(BIN)/ruff check .

@@ -87,6 +87,15 @@ class Internet:
     def do_packets(self) -> list[tuple[Any, ...]]:
         return [astuple(packet) for packet in self.sniffer.packets()]
 
+    def do_take(self) -> dict[str, Any]:
+        """Packets and names asked since the last `take` or `clear`, and forget them: nothing falls in between."""
+        packets = [astuple(packet) for packet in self.sniffer.packets()]
+        self.sniffer.forget()
+        asked = [tuple(query) for query in self.dns.log]
+        self.dns.log.clear()
+        self.web.log.clear()
+        return {"packets": packets, "queries": asked}
+
     def do_clear(self) -> None:
         """Forget packets, queries and requests."""
         self.sniffer.clear()

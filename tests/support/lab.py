@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
     from types import TracebackType
 
+    from tests.support.dns_server import Logged
     from tests.support.packets import Packet
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -127,6 +128,10 @@ class Lab:
             and port in {None, packet.dport}
             and proto in {None, packet.proto}
         ]
+
+    def take(self) -> tuple[list[Packet], list[Logged]]:
+        """Packets that left the box and questions that arrived since the last `take` or `clear`, each told once."""
+        return remote.take(self.remote)
 
     def clear(self) -> None:
         """Forget packets, queries and requests; the zone stays."""

@@ -60,6 +60,10 @@ class Sniffer:
 
     def clear(self) -> None:
         self.drain()
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what `packets` has told; what the kernel holds since then stays for the next time."""
         self._frames.clear()
 
     def packets(self) -> list[Packet]:

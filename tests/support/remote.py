@@ -124,3 +124,9 @@ class Web:
 def packets(remote: Remote) -> list[Packet]:
     """Every packet that left the box since the last clear."""
     return [Packet(*item) for item in remote.ask("packets")]
+
+
+def take(remote: Remote) -> tuple[list[Packet], list[Logged]]:
+    """Packets and questions since the last take; each is told once, so a long run needs no memory for them."""
+    got = remote.ask("take")
+    return [Packet(*item) for item in got["packets"]], [Logged(*item) for item in got["queries"]]
