@@ -42,6 +42,7 @@ bench: setup  ## measure beside peers in one run; docs/benchmarks.md says how to
 
 docs: setup  ## write the generated pages again
 	$(BIN)/python -m tests.support.fwctl_docs > docs/fwctl.md
+	$(BIN)/python -m tests.support.transcript
 
 setup: $(VENV)/.stamp  ## install what is missing: Debian packages, .venv
 	@sh tests/support/packages.sh $(RUNTIME)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support import demo
+from tests.support import demo, transcript
 from tests.support.lab import ROOT
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ def test_demo_tells_every_step_and_succeeds() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.count(" s  ok  ") == len(demo.STEPS) + 1
     assert "\x1b" not in done.stdout, "colour is for terminals"
+    assert transcript.essence(done.stdout) == transcript.essence(transcript.quoted()), "run `make docs`"
 
 
 def test_demo_fails_when_the_unlisted_answers(
