@@ -24,8 +24,8 @@ from initd.core.dnsfilter import (
     Fate,
     GuardOptions,
     Judged,
+    held_answer,
     judge,
-    known,
     learnable,
     name_wire,
     screen,
@@ -260,7 +260,7 @@ class DnsGuard:
                 return entry if (known and now < entry.check) or self._admit(entry, now) else Failure("insert")
             self._cache.drop(key)
         if judged.fate is Fate.HOSTS:
-            return self._accept(key, judged, known(judged.addresses, key[1], LOCAL_TTL))
+            return self._accept(key, judged, held_answer(judged.addresses, key[1], LOCAL_TTL))
         waiting = self._pending.get(key)
         if waiting is not None:
             if len(waiting) >= WAITERS:
@@ -304,7 +304,7 @@ class DnsGuard:
             self._log.warning("dns.failed", name=judged.name, type=type_name(key[1]), reason=reason)
         if held := self.leases.addresses_of(judged.name):
             self._counts.stale += 1
-            return self._accept(key, judged, known(held, key[1], STALE_TTL))
+            return self._accept(key, judged, held_answer(held, key[1], STALE_TTL))
         return Failure(reason)
 
     def _accept(self, key: Key, judged: Judged, answer: wire.Answer) -> Outcome:

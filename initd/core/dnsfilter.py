@@ -232,7 +232,7 @@ def mix_case(name: bytes, mask: int, random: int) -> bytes:
     return (int.from_bytes(name) ^ (mask & random)).to_bytes(len(name))
 
 
-def known(addresses: Iterable[IPAddress], qtype: int, ttl: int) -> Answer:
+def held_answer(addresses: Iterable[IPAddress], qtype: int, ttl: int) -> Answer:
     """An answer to A or AAAA out of addresses that we hold ourselves."""
     width = 4 if qtype == TYPE_A else 16
     found = tuple(one.packed for one in addresses if len(one.packed) == width)
