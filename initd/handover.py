@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+import struct
+import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,11 +18,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Handover:
-    """`sockets` by name (docs/architecture.md); `resolv` is the descriptor of /etc/resolv.conf, or None."""
+    """`sockets` by name (docs/architecture.md); `resolv` is the descriptor of /etc/resolv.conf, or None.
+
+    `pulse` is that of `beat`.
+    """
 
     generation: int
     sockets: Mapping[str, socket.socket]
     resolv: int | None
+    pulse: int
     keeper: socket.socket
 
     @property
@@ -37,16 +43,22 @@ def take_over(environ: Mapping[str, str]) -> Handover:
         }
         keeper = socket.socket(fileno=int(environ["INITD_KEEPER_FD"]))
         generation = int(environ["INITD_GENERATION"])
-        resolv = descriptors.pop("resolv", None)
+        resolv, pulse = descriptors.pop("resolv", None), descriptors.pop("pulse")
         sockets = {name: socket.socket(fileno=number) for name, number in descriptors.items()}
     except (KeyError, ValueError, OSError) as error:
         raise PrivilegeError(
             f"the warden is started by the keeper only ({error!r})", hint="run `initd`, see `initd --help`"
         ) from error
-    for descriptor in (keeper.fileno(), *([] if resolv is None else [resolv]), *(s.fileno() for s in sockets.values())):
-        os.set_inheritable(descriptor, False)
+    for descriptor in (keeper.fileno(), pulse, resolv, *(one.fileno() for one in sockets.values())):
+        if descriptor is not None:
+            os.set_inheritable(descriptor, False)
     keeper.setblocking(False)
-    return Handover(generation, sockets, resolv, keeper)
+    return Handover(generation, sockets, resolv, pulse, keeper)
+
+
+def beat(pulse: int) -> None:
+    """Show that we are alive. The keeper looks when it has heard nothing for a while, so that nobody has to wake up."""
+    os.pwrite(pulse, struct.pack("d", time.monotonic()), 0)
 
 
 def tell(keeper: socket.socket, event: str, **fields: Any) -> None:

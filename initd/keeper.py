@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     from initd.settings import Settings
 
-SILENCE = 20.0  # seconds without a heartbeat before the warden is replaced
+SILENCE = 20.0  # seconds without a sign of life before the warden is replaced
 START_SILENCE = 60.0  # the same for one that has not sent any yet
 BACKOFF_FIRST, BACKOFF_LAST = 0.1, 30.0
 HEALTHY = 60.0  # seconds after which the next crash counts as the first again
@@ -211,6 +211,8 @@ class Keeper:
         """Time-outs: a silent warden, a slow probe, a restart."""
         now = time.monotonic()
         self._errands.tend()
+        if self._armed and self._pid is not None and now - self._heard > self._patience:
+            self._heard = max(self._heard, sockets.last_beat(self._held["pulse"]))
         if self._armed and self._pid is not None and now - self._heard > self._patience:
             say("error", "warden.silent", pid=self._pid, seconds=round(now - self._heard))
             self._heard = now

@@ -8,7 +8,7 @@ import json
 from typing import TYPE_CHECKING, Any
 
 from initd.errors import EnforcementError
-from initd.handover import tell
+from initd.handover import beat, tell
 
 if TYPE_CHECKING:
     from initd.handover import Handover
@@ -27,6 +27,7 @@ class Keeping:
         self.generation = handover.generation
         self.stopping = asyncio.Event()
         self._channel = handover.keeper
+        self._pulse = handover.pulse
         self._log = log
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
@@ -35,6 +36,10 @@ class Keeping:
     def tell(self, event: str, **fields: Any) -> None:
         """Send one event; losing it is harmless."""
         tell(self._channel, event, **fields)
+
+    def beat(self) -> None:
+        """Show that the event loop turns."""
+        beat(self._pulse)
 
     async def probe(self, plan: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
         """Run one probe as the session user; EnforcementError when it could not be run."""

@@ -1,4 +1,4 @@
-"""Runs: keeper, once. Opens what outlives the warden: DNS sockets, the control socket, resolv.conf.
+"""Runs: keeper, once. Opens what outlives the warden: DNS sockets, the control socket, resolv.conf, the pulse.
 
 The names are those of docs/architecture.md; a descriptor opened here is never reopened, so a query that arrives
 while there is no warden waits in the socket's queue.
@@ -9,6 +9,8 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import struct
+import time
 
 from initd import drop
 from initd.errors import KernelError, PrivilegeError
@@ -19,6 +21,7 @@ if TYPE_CHECKING:
     from initd.settings import Settings
 
 BACKLOG = 128
+_BEAT = struct.Struct("d")
 RESOLV = "/etc/resolv.conf"
 
 
@@ -38,7 +41,15 @@ def open_all(settings: Settings) -> dict[str, int]:
         held["resolv"] = os.open(RESOLV, os.O_RDWR | os.O_CLOEXEC)
     except OSError as error:
         say("warning", "resolv.unwritable", path=RESOLV, error=error.strerror)
+    held["pulse"] = os.memfd_create("initd-pulse")
+    os.ftruncate(held["pulse"], _BEAT.size)
     return held
+
+
+def last_beat(pulse: int) -> float:
+    """When the warden last showed that it lives, in monotonic seconds; 0.0 when it never has."""
+    beat: float = _BEAT.unpack(os.pread(pulse, _BEAT.size, 0))[0]
+    return min(beat, time.monotonic()) if beat > 0 else 0.0
 
 
 def _dns(family: socket.AddressFamily, kind: socket.SocketKind, address: str) -> socket.socket | None:

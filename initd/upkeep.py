@@ -83,7 +83,7 @@ class Upkeep:
         await self._live.recheck()
 
     async def _heartbeat(self) -> None:
-        self._keeping.tell("alive")
+        self._keeping.beat()
 
     async def _sweep(self) -> None:
         in_use = await self._live.in_worker(conntrack.destinations)

@@ -31,7 +31,7 @@ def warden_pid(box):
 def test_hands_over_named_descriptors_and_no_other(box):
     warden = box().start().warden()
     fds = dict(pair.split("=") for pair in warden["fds"].split(","))
-    assert sorted(fds) == ["control", "dns4-tcp", "dns4-udp", "dns6-tcp", "dns6-udp", "resolv"]
+    assert sorted(fds) == ["control", "dns4-tcp", "dns4-udp", "dns6-tcp", "dns6-udp", "pulse", "resolv"]
     extra = set(warden["open"]) - {0, 1, 2} - {int(fd) for fd in fds.values()}
     assert len(extra) == 2  # the channel, and the listing itself
 
