@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from initd import __version__, completion, inquiry, metrics, narrative, report
+from initd import __version__, completion, diagnosis, inquiry, metrics, narrative, report
 from initd.asking import UnavailableError, ask
 from initd.errors import ConfigError, InitdError
 
@@ -62,6 +62,7 @@ def parser() -> Parser:
     test = command("test", "say what would happen to a connection, and which line decides")
     test.add_argument("target", metavar="HOST[:PORT]", help="a name or an address; port 443 when left out")
     inquiry.add_commands(command)
+    diagnosis.add_commands(command)
     command("health", "check that the box is ready, enforced and usable; exit 1 says no")
     command("verify", "try, as the session user, that the unlisted is refused and the listed answers")
     command(
@@ -170,6 +171,7 @@ COMMANDS: dict[str, Callable[[argparse.Namespace], tuple[dict[str, Any], int]]] 
     "metrics": _status,
     "completion": _completion,
     **inquiry.COMMANDS,
+    "doctor": diagnosis.examine,
 }
 
 
@@ -177,6 +179,7 @@ TEXT: dict[str, Callable[..., str]] = {
     **report.TEXT,
     **narrative.TEXT,
     "metrics": metrics.text,
+    "doctor": diagnosis.text,
     "completion": lambda answer, **_: str(answer["script"]).rstrip(),
     "status": partial(report.status, width=narrative.terminal_width()),
 }

@@ -1,6 +1,7 @@
 """Web, echo and download servers that answer on every address of the lab.
 
 Paths: `/` greets, `/drip?rate=N` sends N bytes a second for ever, `/bytes?n=N` sends N bytes, `/status/N` answers N.
+Hosts `to--NAME` redirect to https://NAME/, hosts `wrong--…` show another name's certificate.
 The host api.github.com serves `/meta` in the manner that the test sets.
 """
 
@@ -87,7 +88,7 @@ class WebServer:
 
     def _choose(self, connection: ssl.SSLObject, name: str | None, _context: ssl.SSLContext) -> None:
         if name is not None:
-            connection.context = self.authority.context(name)
+            connection.context = self.authority.context("lab.invalid" if name.startswith("wrong--") else name)
 
     async def _http(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         scheme = "https" if writer.get_extra_info("ssl_object") else "http"
@@ -109,6 +110,10 @@ class WebServer:
         query = {key: values[0] for key, values in parse_qs(parts.query).items()}
         if parts.path == "/meta" and host.partition(":")[0] == META_HOST:
             await self._respond_meta(writer)
+        elif host.startswith("to--"):
+            place = f"https://{host.removeprefix('to--')}/"
+            writer.write(f"HTTP/1.1 302 Lab\r\nLocation: {place}\r\nContent-Length: 0\r\n\r\n".encode())
+            await writer.drain()
         elif parts.path == "/drip":
             await _drip(writer, float(query.get("rate", "1000")))
         elif parts.path == "/bytes":
