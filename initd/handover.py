@@ -16,12 +16,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Handover:
-    """`sockets` by name (docs/architecture.md); `resolv` is the descriptor of /etc/resolv.conf, or None."""
+    """`sockets` by name (docs/architecture.md); `resolv` is the descriptor of /etc/resolv.conf, or None.
+
+    `ended` are the latest predecessors' ends: monotonic seconds and exit code, oldest first.
+    """
 
     generation: int
     sockets: Mapping[str, socket.socket]
     resolv: int | None
     keeper: socket.socket
+    ended: tuple[tuple[float, int], ...] = ()
 
     @property
     def resuming(self) -> bool:
@@ -37,6 +41,8 @@ def take_over(environ: Mapping[str, str]) -> Handover:
         }
         keeper = socket.socket(fileno=int(environ["INITD_KEEPER_FD"]))
         generation = int(environ["INITD_GENERATION"])
+        ends = (pair.split(":") for pair in environ.get("INITD_ENDED", "").split(",") if pair)
+        ended = tuple((float(at), int(code)) for at, code in ends)
         resolv = descriptors.pop("resolv", None)
         sockets = {name: socket.socket(fileno=number) for name, number in descriptors.items()}
     except (KeyError, ValueError, OSError) as error:
@@ -46,7 +52,7 @@ def take_over(environ: Mapping[str, str]) -> Handover:
     for descriptor in (keeper.fileno(), *([] if resolv is None else [resolv]), *(s.fileno() for s in sockets.values())):
         os.set_inheritable(descriptor, False)
     keeper.setblocking(False)
-    return Handover(generation, sockets, resolv, keeper)
+    return Handover(generation, sockets, resolv, keeper, ended)
 
 
 def tell(keeper: socket.socket, event: str, **fields: Any) -> None:
