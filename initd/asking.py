@@ -40,15 +40,24 @@ def ask(op: str, **fields: Any) -> dict[str, Any]:
     except (FileNotFoundError, ConnectionRefusedError) as error:
         raise UnavailableError(f"no box is running here ({path})", hint=_why_not(path.parent)) from error
     except TimeoutError as error:
-        raise UnavailableError(f"the warden did not answer within {TIMEOUT:.0f} s", hint="see the box's log") from error
+        hint = _restarting(path.parent) or "see the box's log"
+        raise UnavailableError(f"the warden did not answer within {TIMEOUT:.0f} s", hint=hint) from error
     except (OSError, ValueError) as error:
-        hint = "it may be restarting: try again, and see the box's log"
+        hint = _restarting(path.parent) or "it may be restarting: try again, and see the box's log"
         raise UnavailableError(f"the warden closed the connection: {error}", hint=hint) from error
     if answer["ok"]:
         return dict(answer["result"])
     failure = InitdError(answer["error"]["message"], hint=answer["error"]["hint"])
     failure.code = answer["error"]["code"]
     raise failure
+
+
+def _restarting(place: Path) -> str | None:
+    """What the keeper says about a warden that it has to start again."""
+    try:
+        return f"{(place / 'restarting').read_text(encoding='utf-8').strip()}; see the box's log"
+    except OSError:
+        return None
 
 
 def _why_not(place: Path) -> str:

@@ -44,13 +44,27 @@ def become(argv: list[str], *, mask: Iterable[int], home: dict[str, str]) -> NoR
         if environ.get("LISTEN_PID") == str(os.getppid()):  # sd_listen_fds(3) compares it with getpid()
             environ["LISTEN_PID"] = str(os.getpid())
         os.setresgid(-1, -1, os.getgid())  # PID 1's saved GID is its own affair
-        drop.raise_oom_score()
+        _go_first()
         _take_terminal()
         reap.restore_signals(mask)
         code = _exec(argv, environ)
     except BaseException as error:  # noqa: BLE001  # a forked child must never return into its parent's code
         code = _complain(argv[0], str(error), NOT_EXECUTABLE)
     os._exit(code)
+
+
+def _go_first() -> None:
+    """Be a likelier choice than PID 1 when memory runs out.
+
+    PID 1 is not dumpable, so /proc/self belongs to root here, too, proc(5). What execve would close goes first: a
+    dumpable copy of PID 1 may be ptraced by any session of its user, and must hold nothing that such a session has not.
+    """
+    for name in os.listdir("/proc/self/fd"):
+        with contextlib.suppress(OSError):  # the listing's own
+            if int(name) > 2 and not os.get_inheritable(int(name)):
+                os.close(int(name))
+    drop.prctl(drop.PR_SET_DUMPABLE, 1)
+    drop.raise_oom_score()
 
 
 def _exec(argv: list[str], environ: dict[str, str]) -> int:

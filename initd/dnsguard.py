@@ -253,11 +253,11 @@ class DnsGuard:
         now = time.monotonic()
         entry = self._cache.find(key)
         if entry is not None and entry.expires > now:
-            known = entry.generation == self._generation
-            if known or (entry.plain and _same(judged, entry.judged)):
+            unchanged = entry.generation == self._generation
+            if unchanged or (entry.plain and _same(judged, entry.judged)):
                 self._counts.from_cache += 1
                 entry.judged = judged
-                return entry if (known and now < entry.check) or self._admit(entry, now) else Failure("insert")
+                return entry if (unchanged and now < entry.check) or self._admit(entry, now) else Failure("insert")
             self._cache.drop(key)
         if judged.fate is Fate.HOSTS:
             return self._accept(key, judged, held_answer(judged.addresses, key[1], LOCAL_TTL))

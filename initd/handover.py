@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class Handover:
     """`sockets` by name (docs/architecture.md); `resolv` is the descriptor of /etc/resolv.conf, or None.
 
-    `pulse` is that of `beat`.
+    `pulse` is that of `beat`, `ended` the latest predecessors' ends: monotonic seconds and exit code, oldest first.
     """
 
     generation: int
@@ -28,6 +28,7 @@ class Handover:
     resolv: int | None
     pulse: int
     keeper: socket.socket
+    ended: tuple[tuple[float, int], ...] = ()
 
     @property
     def resuming(self) -> bool:
@@ -43,6 +44,8 @@ def take_over(environ: Mapping[str, str]) -> Handover:
         }
         keeper = socket.socket(fileno=int(environ["INITD_KEEPER_FD"]))
         generation = int(environ["INITD_GENERATION"])
+        ends = (pair.split(":") for pair in environ.get("INITD_ENDED", "").split(",") if pair)
+        ended = tuple((float(at), int(code)) for at, code in ends)
         resolv, pulse = descriptors.pop("resolv", None), descriptors.pop("pulse")
         sockets = {name: socket.socket(fileno=number) for name, number in descriptors.items()}
     except (KeyError, ValueError, OSError) as error:
@@ -53,7 +56,7 @@ def take_over(environ: Mapping[str, str]) -> Handover:
         if descriptor is not None:
             os.set_inheritable(descriptor, False)
     keeper.setblocking(False)
-    return Handover(generation, sockets, resolv, pulse, keeper)
+    return Handover(generation, sockets, resolv, pulse, keeper, ended)
 
 
 def beat(pulse: int) -> None:

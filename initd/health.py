@@ -6,13 +6,16 @@ import asyncio
 import os
 import socket
 import stat
+import time
 from typing import TYPE_CHECKING, Any
 
 from initd.errors import InitdError
+from initd.keeping import RECENT
 
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from initd.keeping import Keeping
     from initd.live import Live
     from initd.settings import Settings
 
@@ -26,13 +29,15 @@ QUERY = bytes.fromhex("1d1d01000001000000000000") + b"\x09localhost\x00" + bytes
 """A for localhost (RFC 6761): the guard answers it itself, and nobody's log or counters are spoilt."""
 
 
-async def examine(settings: Settings, live: Live) -> list[dict[str, Any]]:
+async def examine(settings: Settings, live: Live, keeping: Keeping) -> list[dict[str, Any]]:
     """All checks; none of them changes anything."""
     return [
         _check("ready", (settings.run_dir / "ready").exists(), "armed, and PID 1 has dropped its privileges"),
         await _rules(live),
         _mode(live),
         await _guard(),
+        _keeper(keeping),
+        _warden(keeping),
         _workspace(settings),
         _disk(settings.workspace),
     ]
@@ -40,6 +45,18 @@ async def examine(settings: Settings, live: Live) -> list[dict[str, Any]]:
 
 def _check(name: str, ok: object, detail: str) -> dict[str, Any]:
     return {"name": name, "ok": bool(ok), "detail": detail}
+
+
+def _keeper(keeping: Keeping) -> dict[str, Any]:
+    detail = "gone: nobody restarts the warden; restart the box" if keeping.lost else "restarts the warden when it ends"
+    return _check("keeper", not keeping.lost, detail)
+
+
+def _warden(keeping: Keeping) -> dict[str, Any]:
+    now = time.monotonic()
+    ends = keeping.recent_ends(now)
+    detail = f"started {keeping.generation}x, ended {len(ends)}x in the last {RECENT / 60:.0f} minutes"
+    return _check("warden", not keeping.looping(now), detail)
 
 
 async def _rules(live: Live) -> dict[str, Any]:

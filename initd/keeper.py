@@ -6,6 +6,7 @@ privileged) and signals, which it does not act on except for its children's ends
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -29,6 +30,7 @@ SILENCE = 20.0  # seconds without a sign of life before the warden is replaced
 START_SILENCE = 60.0  # the same for one that has not sent any yet
 BACKOFF_FIRST, BACKOFF_LAST = 0.1, 30.0
 HEALTHY = 60.0  # seconds after which the next crash counts as the first again
+REMEMBERED = 10  # ends of wardens that the next one is told of
 WARDEN_GOODBYE = 1.5  # seconds for resolv.conf and the saved state
 
 
@@ -88,6 +90,7 @@ class Keeper:
         self._patience = START_SILENCE
         self._backoff = BACKOFF_FIRST
         self._restart_at: float | None = None
+        self._ends: list[tuple[float, int]] = []
         self._armed = self._dropped = False
         self._errands = errands.Errands(settings)
         self._watched: set[int] = set()
@@ -124,6 +127,7 @@ class Keeper:
                 "INITD_KEEPER_FD": str(own),
                 "INITD_FDS": ",".join(f"{name}={fd}" for name, fd in fds.items()),
                 "INITD_GENERATION": str(self._generation),
+                "INITD_ENDED": ",".join(f"{at:.1f}:{code}" for at, code in self._ends),
             }
             for fd in (own, *fds.values()):
                 os.set_inheritable(fd, True)
@@ -171,13 +175,21 @@ class Keeper:
             return
         if time.monotonic() - self._started >= HEALTHY:
             self._backoff = BACKOFF_FIRST
+        self._ends = [*self._ends, (time.monotonic(), code)][-REMEMBERED:]
         self._retry(pid=pid, code=code)
 
     def _retry(self, **why: object) -> None:
         """Have another one started, later each time."""
         self._restart_at = time.monotonic() + self._backoff
         say("error", "warden.ended", **why, generation=self._generation, restart_in=round(self._backoff, 1))
+        self._tell_waiting(f"the warden has ended {self._generation}x; the next is started {self._backoff:g} s later\n")
         self._backoff = min(self._backoff * 2, BACKOFF_LAST)
+
+    def _tell_waiting(self, text: str | None) -> None:
+        """Who asks for a warden while there is none reads here what became of it (initd/asking.py)."""
+        run_dir = str(self._settings.run_dir)
+        with contextlib.suppress(KernelError, OSError):  # a full disk is no reason for a keeper to go
+            sockets.retract(run_dir, "restarting") if text is None else sockets.publish(run_dir, "restarting", text)
 
     def hear_warden(self) -> None:
         """Its messages; anything but the three that the protocol knows is dropped."""
@@ -185,7 +197,9 @@ class Keeper:
             return
         for message in self._channel.receive():
             self._heard, self._patience = time.monotonic(), SILENCE
-            if message["event"] == "armed" and not self._armed:
+            if message["event"] == "armed" and self._armed:
+                self._tell_waiting(None)
+            elif message["event"] == "armed":
                 self._armed = True
                 self._parent.send(event="armed")
             elif message["event"] == "probe":

@@ -19,12 +19,20 @@ PROBE_SECONDS = 40.0
 
 PACKET = 256 * 1024
 
+RECENT = 600.0
+"""Seconds for which the end of a warden is worth a warning."""
+
+LOOP, LOOP_SECONDS = 3, 120.0
+"""So many ends within so many seconds are a crash loop: the box is then not healthy."""
+
 
 class Keeping:
     """Sends requests to the keeper and hands its answers to whoever waits for them."""
 
     def __init__(self, handover: Handover, *, log: Log) -> None:
         self.generation = handover.generation
+        self.ended = handover.ended
+        self.lost = False
         self.stopping = asyncio.Event()
         self._channel = handover.keeper
         self._pulse = handover.pulse
@@ -32,6 +40,26 @@ class Keeping:
         self._ids = itertools.count(1)
         self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
         asyncio.get_running_loop().add_reader(self._channel, self._receive)
+
+    def recent_ends(self, now: float, *, seconds: float = RECENT) -> list[tuple[float, int]]:
+        """Seconds ago and exit code of the wardens that ended lately; `now` is monotonic."""
+        return [(now - at, code) for at, code in self.ended if now - at <= seconds]
+
+    def looping(self, now: float) -> bool:
+        """Whether wardens end as fast as they are started."""
+        return len(self.recent_ends(now, seconds=LOOP_SECONDS)) >= LOOP
+
+    def warnings(self, now: float) -> list[str]:
+        """What the operator should know about who keeps whom alive."""
+        found = []
+        if self.lost:
+            found.append("the keeper is gone: rules and guard go on, nobody restarts the warden; restart the box")
+        if ends := self.recent_ends(now):
+            ago, code = ends[-1]
+            found.append(
+                f"the warden ended {len(ends)}x lately, {ago:.0f} s ago with exit code {code}; see the box's log"
+            )
+        return found
 
     def tell(self, event: str, **fields: Any) -> None:
         """Send one event; losing it is harmless."""
@@ -69,6 +97,7 @@ class Keeping:
         if not packet:
             # The keeper is gone. Rules and guard go on without it; there is nobody left to restart us.
             asyncio.get_running_loop().remove_reader(self._channel)
+            self.lost = True
             self._log.error("keeper.lost")
             return
         message = json.loads(packet)

@@ -71,7 +71,7 @@ class Operations:
             found.insert(0, "AUDIT MODE: nothing is enforced, what is not listed is let through and recorded")
         if not self.recorder.figures().listening:
             found.append("refused connections are counted but not explained: the kernel has no NFLOG for us")
-        return found
+        return found + self._keeping.warnings(time.monotonic())
 
     def _writable(self) -> str | None:
         return writable_by(self._settings.policy, self._settings.claude_uid, self._settings.claude_gid)
@@ -95,6 +95,10 @@ class Operations:
             "missing": list(live.parts.probe.missing),
             "uptime": round(time.monotonic() - self._started, 1),
             "generation": self._keeping.generation,
+            "ended": [
+                {"ago": round(ago, 1), "code": code} for ago, code in self._keeping.recent_ends(time.monotonic())
+            ],
+            "keeper": not self._keeping.lost,
             "user": {"uid": self._settings.claude_uid, "gid": self._settings.claude_gid},
             "policy": {"file": str(self._settings.policy), "source": now.loaded.source, **size_of(now.policy)},
             "rules": {
@@ -175,7 +179,7 @@ class Operations:
         return checks if plan["reach"] or not literal_names(now.policy) else (*checks, verify.NOTHING_RESOLVES)
 
     async def _health(self, _request: Request, _peer: Peer) -> dict[str, Any]:
-        checks = await examine(self._settings, self._live)
+        checks = await examine(self._settings, self._live, self._keeping)
         return {"healthy": all(one["ok"] for one in checks), "checks": checks}
 
 

@@ -19,7 +19,7 @@ SETTINGS_VARIABLE = "INITD_SETTINGS"
 DEFAULT_FILE = Path("/workspace/.aidevcontainer/initd.toml")
 FILE_LIMIT = 64 * 1024
 
-PROTOCOL = frozenset({"INITD_FDS", "INITD_GENERATION", "INITD_PARENT_FD", "INITD_KEEPER_FD"})
+PROTOCOL = frozenset({"INITD_ENDED", "INITD_FDS", "INITD_GENERATION", "INITD_PARENT_FD", "INITD_KEEPER_FD"})
 """What our own processes tell each other (docs/architecture.md); not settings."""
 
 MAX_ID = 2**32 - 2
