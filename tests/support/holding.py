@@ -7,6 +7,7 @@ The box's policy is POLICY. Each target below answers in a lab without a box: th
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import time
@@ -138,4 +139,5 @@ def rules(lab: Lab) -> str:
         done: subprocess.CompletedProcess[str] = lab.exec(command)
         assert done.returncode == 0, done.stderr
         listed += [line.rpartition(" [")[0] if line.startswith(":") else line for line in done.stdout.splitlines()]
-    return "\n".join(line for line in listed if not line.startswith("#"))
+    text = "\n".join(line for line in listed if not line.startswith("#"))
+    return re.sub(r" timeout [0-9dhms]+", "", text)  # a lease taken up again has what is left of its time
