@@ -96,6 +96,13 @@ def test_with_another_process_about_nobody_is_accused(told):
     assert (row["actor"]["uid"], row["actor"]["pid"], row["actor"]["command"]) == (501, None, None)
 
 
+def test_of_several_processes_the_session_is_known_when_there_is_but_one(told):
+    told.exec(["setsid", "sh", "-c", "getent hosts three.example; true"])
+    (row,) = (one for one in answer(told, "log")["rows"] if one["subject"] == "three.example")
+    assert (row["actor"]["uid"], row["actor"]["pid"]) == (501, None)
+    assert row["actor"]["session"]["command"] == "sh -c getent hosts three.example; true"
+
+
 def test_a_verification_is_nobodys_refusal(told):
     before = answer(told, "log")["rows"]
     assert told.fwctl("verify").returncode == 0

@@ -11,17 +11,18 @@ from initd import fwctl
 INTRO = """\
 # fwctl
 
-The operator's command. It talks to the warden over `/run/initd/control.sock`, or, for `check`, works on a file by
-itself. Run it in the box: `docker compose exec claude fwctl status`. This page is generated from `fwctl --help` and
-compared by a test.
+The operator's command. It talks to the warden over `/run/initd/control.sock`, or, for `check` and `doctor`, works
+on a file by itself. Run it in the box: `docker compose exec claude fwctl status`. This page is generated from
+`fwctl --help` and compared by a test.
 
-stdout is the answer, stderr is for errors. Every command takes `--json` and then prints one JSON object; an error
+stdout is the answer, stderr is for errors, and while audit mode is on for a line that says so. Every command takes
+`--json` and then prints one JSON object; an error
 is `{"error": …, "hint": …, "code": …}`.
 
 | exit code | meaning |
 |---|---|
 | 0 | yes: done, valid, allowed, healthy, verified |
-| 1 | no: refused (`test`), unhealthy (`health`), not verified (`verify`) |
+| 1 | no: refused (`test`, `why`), unhealthy (`health`), not verified (`verify`), an entry that fails (`doctor`) |
 | 64 | wrong usage |
 | 69 | no box is running here, or its warden does not answer |
 | 70 | the kernel does not hold what was asked, or behaviour says so |

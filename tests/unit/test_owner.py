@@ -92,6 +92,7 @@ def test_a_flood_of_questions_costs_a_bounded_number_of_looks(start, server):
     found = [owners.of("tcp", (here, port), (here, server)) for _ in range(200)]
     assert found[0].pid is not None
     assert sum(actor.pid is not None for actor in found) < 60
+    assert {actor.uid for actor in found} == {64905}
 
 
 def test_processes_of_a_user_leave_us_out():
