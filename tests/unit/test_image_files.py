@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from initd import fwctl, published
+
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = ROOT / "image"
 HADOLINT, SHELLCHECK = (Path(sys.prefix) / "bin" / name for name in ("hadolint", "shellcheck"))
@@ -132,3 +134,12 @@ def test_askpass_for_another_host():
     prompt = PASSWORD.replace("github.com", "git.example")
     assert ask(prompt, GITHUB_TOKEN="s3cret", GIT_TOKEN_HOST="git.example") == (0, "s3cret\n")
     assert ask(PASSWORD, GITHUB_TOKEN="s3cret", GIT_TOKEN_HOST="git.example") == (1, "")
+
+
+def test_the_agent_is_told_where_the_list_is_and_how_to_ask():
+    text = (IMAGE / "finish").read_text()
+    note = text[text.index("/etc/claude-code/CLAUDE.md <<'NOTE'\n") : text.index("\nNOTE\n")]
+    commands = set(re.findall(r"`fwctl (\w+)", note))
+    assert commands
+    assert commands <= set(fwctl.COMMANDS)
+    assert f"/run/initd/{published.FILE}" in note
