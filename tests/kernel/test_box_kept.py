@@ -136,7 +136,6 @@ def test_while_there_is_no_warden_fwctl_says_what_became_of_it(box: Callable[...
     with one.popen([str(product.FWCTL), "status"], user="root") as asking:
         assert asking.stderr is not None
         time.sleep(0.5)  # the question is in the socket of a warden that will not answer
-        (one.directory / "unused").touch()
         os.kill(pid, signal.SIGKILL)
         asking.wait(20)
         said = asking.stderr.read().decode()
@@ -171,7 +170,7 @@ def test_pid1_and_keeper_are_the_last_to_be_chosen(box: Callable[..., Box]) -> N
 
 @pytest.fixture
 def limited() -> Iterator[MemoryCgroup]:
-    """96 MiB; where no such thing can be made, the tests send what the kernel would: SIGKILL."""
+    """96 MiB. Where none can be made, the tests that send SIGKILL, as the kernel does, have to do."""
     reason = memory_cgroup.available()
     if reason is not None:
         pytest.skip(f"NOT TESTED: {reason}")
@@ -203,8 +202,6 @@ def test_a_session_that_takes_all_memory_goes_alone(box: Callable[..., Box], lim
     assert limited.kills() == 1
     assert one.pids() == before
     assert attempt(one, SITE).error is None
-    limited.close()
-    limited.path.mkdir()  # for the fixture to remove
 
 
 def test_a_warden_chosen_by_the_kernel_is_replaced(box: Callable[..., Box], limited: MemoryCgroup) -> None:

@@ -363,7 +363,7 @@ class Soak:
                 *chance.sample(world.ALWAYS_LISTED, 2),
                 *chance.sample(world.ALWAYS_REFUSED, 3),
                 *(("tcp", name, 443) for name in chance.sample(world.POOL, 3)),
-                ("tcp", f"h{chance.randrange(1000)}.{world.WILD}", 443),
+                ("tcp", f"h{chance.randrange(100)}.{world.WILD}", 443),
             ]
             chance.shuffle(targets)
             try:
