@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import re
 import signal
 import socket
 import threading
@@ -132,6 +133,23 @@ def test_killed_warden_is_back_and_no_connection_is_lost(box):
     assert one.warden(2)["fds"] == one.warden(1)["fds"]
 
 
+def waiting(one):
+    """What is told to whoever asks while there is no warden; "" when there is one."""
+    path = one.run_dir / "restarting"
+    return path.read_text() if path.exists() else ""
+
+
+def test_who_waits_for_a_warden_is_told_why_until_there_is_one(box):
+    one = box(mode="good").start()
+    assert one.warden(1)["ended"] == ""
+    assert waiting(one) == ""
+    os.kill(warden_pid(one), signal.SIGKILL)
+    assert eventually(lambda: waiting(one).startswith("the warden has ended 1x"), step=0.001)
+    assert one.ask(b"generation") == b"2"
+    assert eventually(lambda: waiting(one) == "")
+    assert one.warden(2)["ended"].endswith(":137")
+
+
 def test_crash_loop_backs_off_and_says_so(box):
     one = box(mode="crash").start()
     assert eventually(lambda: len(one.events("warden.ended")) >= 5, seconds=8)
@@ -139,6 +157,10 @@ def test_crash_loop_backs_off_and_says_so(box):
     starts = [one.warden(generation)["time"] for generation in range(1, 6)]
     gaps = [later - earlier for earlier, later in itertools.pairwise(starts)]
     assert all(gap >= wait for gap, wait in zip(gaps, (0.1, 0.2, 0.4, 0.8), strict=True))
+    assert re.fullmatch(r"the warden has ended \dx; the next is started [\d.]+ s later\n", waiting(one))
+    ended = [end.split(":") for end in one.warden(4)["ended"].split(",")]
+    assert [code for _, code in ended] == ["3"] * 3
+    assert all(starts[0] < float(at) < starts[3] for at, _ in ended)
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(one.run_dir / "control.sock"))  # the socket stays while nobody is there
     assert one.process.poll() is None

@@ -26,6 +26,7 @@ def main() -> int:  # noqa: C901, PLR0915  # read top to bottom
             {
                 "pid": os.getpid(),
                 "fds": os.environ["INITD_FDS"],
+                "ended": os.environ["INITD_ENDED"],
                 "open": descriptors,
                 "status": Path("/proc/self/status").read_text(),
                 "ppid": os.getppid(),
