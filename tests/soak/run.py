@@ -160,7 +160,8 @@ class Soak:
         with contextlib.suppress(LabError):
             self._mend()
         for storm in self._storms:
-            storm.wait(60)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # then the box's stop shows what it is worth
+                storm.wait(60)
         for download in self._downloads:
             download.until = 0.0
         self._tend()
@@ -170,7 +171,7 @@ class Soak:
             time.sleep(1.0)
             self._look()
             self._health({})
-            self._steps_of_an_end()
+            self._stop()
         self._count()
         for pid, parent in sorted(self.figures.stuck):
             self._problem("zombie", f"{pid}, a child of {parent}")
@@ -180,7 +181,7 @@ class Soak:
                 self._problem("growth", f"{role}: RSS {trend.rss} KiB, descriptors {trend.fds}")
         self._read_log()
 
-    def _steps_of_an_end(self) -> None:
+    def _stop(self) -> None:
         try:
             stopped = self.box.stop(timeout=30.0)
         except BoxError as error:

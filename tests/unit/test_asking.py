@@ -22,7 +22,11 @@ def dying(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(str(tmp_path / "control.sock"))
         server.listen()
-        thread = threading.Thread(target=lambda: server.accept()[0].close())
+
+        def die() -> None:
+            server.accept()[0].close()
+
+        thread = threading.Thread(target=die)
         thread.start()
         yield tmp_path
         thread.join(5)
