@@ -259,7 +259,7 @@ REFUSALS: dict[str, tuple[dict, Callable[[Box], None] | None]] = {
     "dangling-link": ({}, instead(lambda path: path.symlink_to("nowhere"))),
     "binary": ({}, lambda box: box.write_policy(bytes(range(256)) * 4)),
     "too-large": ({}, lambda box: box.write_policy(b"a.example\n" * 500_000)),
-    "unknown-key": ({"settings": 'verfy = "off"\nmode = "audit"\n'}, None),
+    "unknown-key": ({"settings": 'verfy = "off"\ncolour = "blue"\n'}, None),
     "bad-toml": ({"settings": "verify = strict\n"}, None),
     "unknown-variable": ({"env": {"INITD_VERFIY": "off", "INITD_BACKEND": "pf"}}, None),
     "no-net-admin": ({"capabilities": NO_ADMIN}, None),
