@@ -58,7 +58,7 @@ class Figures(NamedTuple):
 
 def guard() -> None:
     """The guard alone, with a real backend, until it is killed."""
-    backend = pick(os.environ.get("INITD_BACKEND", "xtables"))
+    backend, _ = pick(os.environ.get("INITD_BACKEND", "xtables"))
     backend.apply(Ruleset(warden_uid=os.getuid()))
 
     async def serve() -> None:

@@ -7,9 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from initd import doctor, narrative, published
+from initd import narrative, published
 from initd.asking import run_dir
-from initd.core import policy
 from initd.files import read_regular
 from initd.report import GREEN, RED, YELLOW, paint
 
@@ -34,6 +33,9 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
 
 def examine(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     """Try the entries of FILE, or of what is in force."""
+    from initd import doctor  # noqa: PLC0415 - TLS and the policy's grammar: 25 ms that no other command needs
+    from initd.core import policy  # noqa: PLC0415
+
     inside = (run_dir() / "control.sock").exists()
     name = arguments.file or str(run_dir() / published.FILE)
     limit = policy.MAX_BYTES
