@@ -58,6 +58,8 @@ def _facts(answer: dict[str, Any]) -> list[tuple[str, str]]:
         ("upstream", ", ".join(map(_upstream, guard["upstreams"])) or "none"),
         ("refused", f"in the last hour {refusals['hour']}" + _most(refusals)),
     ]
+    if absent := [name for name, there in answer["capabilities"].items() if not there]:
+        facts.append(("missing", f"in this kernel or namespace: {', '.join(absent)}"))
     if counted := ", ".join(f"{value} {key}" for key, value in answer["refused"].items() if value):
         facts.append(("packets", f"refused since the start: {counted}"))
     if last := answer["last_reload"]:

@@ -19,6 +19,9 @@ SETTINGS_VARIABLE = "INITD_SETTINGS"
 DEFAULT_FILE = Path("/workspace/.aidevcontainer/initd.toml")
 FILE_LIMIT = 64 * 1024
 
+CAPABILITIES = ("conntrack", "dns", "ipv4", "ipv6", "nflog", "nfqueue", "owner", "reject", "sets", "timeouts")
+"""What `require` may name: what a backend's probe finds (`initd.kernel.base.Probe`); `dns` is a guarded resolv.conf."""
+
 PROTOCOL = frozenset({"INITD_ENDED", "INITD_FDS", "INITD_GENERATION", "INITD_PARENT_FD", "INITD_KEEPER_FD"})
 """What our own processes tell each other (docs/architecture.md); not settings."""
 
@@ -45,6 +48,7 @@ class Settings(NamedTuple):
     log_format: str
     log_level: str
     metrics_file: str
+    require: str
     mode: str
 
     def environ(self) -> dict[str, str]:
@@ -103,6 +107,17 @@ def _user(value: Any) -> str:
     return text
 
 
+def _capabilities(value: Any) -> str:
+    """Names of `CAPABILITIES` as a list, or as text with commas; kept as sorted text."""
+    words = value.replace(",", " ").split() if isinstance(value, str) else value
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise ValueError(f"{value!r:.60} is not a list of names")
+    for word in words:
+        if word not in CAPABILITIES:
+            raise _ClosestError(f"{word!r:.60} is not one of {', '.join(CAPABILITIES)}", word, CAPABILITIES)
+    return ",".join(sorted(set(words)))
+
+
 def _choice(*words: str) -> Callable[[Any], str]:
     def parse(value: Any) -> str:
         if isinstance(value, str) and value.lower() in words:
@@ -152,6 +167,7 @@ FIELDS: dict[str, Field] = {
     "log_level": Field("INITD_LOG_LEVEL", _choice("debug", "info", "warning", "error"), "info"),
     "mode": Field("INITD_MODE", _choice("enforce", "audit"), "enforce"),
     "metrics_file": Field("INITD_METRICS_FILE", _path_or_nothing, ""),
+    "require": Field("INITD_REQUIRE", _capabilities, ""),
 }
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from initd.enforce import Enforcer
 from initd.errors import InitdError
 from initd.handover import take_over
-from initd.kernel.select import pick
+from initd.kernel.select import demand, pick
 from initd.settings import load
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ def main() -> int:
         backend, probe = pick(settings.backend)
         if not handover.resuming:
             Enforcer(backend).lockdown(os.getuid())
+        demand(settings.require, {**probe.capabilities, "dns": handover.resolv is not None})
         # Imports of 150 ms (asyncio, dnspython, structlog) wait until the box is shut.
         from initd.serve import serve  # noqa: PLC0415
 

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING
 from initd.errors import ConfigError, InitdError, KernelError, PrivilegeError
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from initd.kernel.base import Backend, Probe
 
 BACKENDS = {"xtables": "Xtables", "nftables": "Nftables"}
@@ -18,6 +20,16 @@ def _make(name: str) -> Backend:
     """The backend of that name; imported only now, because python-iptables takes 185 ms."""
     backend: Backend = getattr(importlib.import_module(f"initd.kernel.{name}"), BACKENDS[name])()
     return backend
+
+
+def demand(required: str, found: Mapping[str, bool]) -> None:
+    """KernelError when this namespace lacks one of `required` (names with commas between them)."""
+    missing = [name for name in required.split(",") if name and not found.get(name, False)]
+    if missing:
+        raise KernelError(
+            f"required, but cannot be had here: {', '.join(missing)}",
+            hint="see docs/portability.md for what the host has to offer, or take it out of `require`",
+        )
 
 
 def pick(choice: str) -> tuple[Backend, Probe]:

@@ -262,6 +262,7 @@ REFUSALS: dict[str, tuple[dict, Callable[[Box], None] | None]] = {
     "unknown-key": ({"settings": 'verfy = "off"\ncolour = "blue"\n'}, None),
     "bad-toml": ({"settings": "verify = strict\n"}, None),
     "unknown-variable": ({"env": {"INITD_VERFIY": "off", "INITD_BACKEND": "pf"}}, None),
+    "required": ({"env": {"INITD_BACKEND": "nftables", "INITD_REQUIRE": "dns,nfqueue"}}, None),
     "no-net-admin": ({"capabilities": NO_ADMIN}, None),
     "no-capabilities": ({"capabilities": []}, None),
     "no-user": ({}, without_user),

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from initd.errors import ConfigError
-from initd.settings import FIELDS, FILE_LIMIT, MAX_ID, PROTOCOL, Settings, load, settings_file
+from initd.settings import CAPABILITIES, FIELDS, FILE_LIMIT, MAX_ID, PROTOCOL, Settings, load, settings_file
 
 NO_FILE = {"INITD_SETTINGS": ""}
 
@@ -52,7 +52,19 @@ def test_defaults():
         log_level="info",
         metrics_file="",
         mode="enforce",
+        require="",
     )
+
+
+def test_required_capabilities_are_a_list_or_text(tmp_path):
+    assert load({**NO_FILE, "INITD_REQUIRE": "ipv6, dns ipv6"}).require == "dns,ipv6"
+    (tmp_path / "initd.toml").write_text('require = ["nflog", "dns"]\n')
+    assert load({"INITD_SETTINGS": str(tmp_path / "initd.toml")}).require == "dns,nflog"
+    with pytest.raises(ConfigError, match=r"INITD_REQUIRE: 'ipv5' is not one of .*\nhint: did you mean ipv"):
+        load({**NO_FILE, "INITD_REQUIRE": "ipv5"})
+    (tmp_path / "initd.toml").write_text("require = 6\n")
+    with pytest.raises(ConfigError, match="require: 6 is not a list of names"):
+        load({"INITD_SETTINGS": str(tmp_path / "initd.toml")})
 
 
 def test_settings_are_frozen():
@@ -331,6 +343,7 @@ VALUES = st.builds(
     log_level=st.sampled_from(["debug", "info", "warning", "error"]),
     metrics_file=st.sampled_from(["", "/run/initd/initd.prom"]),
     mode=st.sampled_from(["enforce", "audit"]),
+    require=st.lists(st.sampled_from(CAPABILITIES), unique=True).map(lambda names: ",".join(sorted(names))),
 )
 
 
