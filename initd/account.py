@@ -12,6 +12,7 @@ import os
 import stat
 
 from initd import drop
+from initd.files import mount_points
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -32,7 +33,7 @@ def follow(uid: int, gid: int, *, mark: str = MARK, passwd: str = PASSWD, group:
         return
     _rewrite(group, name, {2: str(gid)}, unless=str(gid))
     _rewrite(passwd, name, {2: str(uid), 3: str(gid)})
-    mounts = _mounts()
+    mounts = mount_points(MOUNTS)  # what is mounted inside a folder belongs to somebody else
     for folder in folders:
         _hand_over(folder, (uid, gid), mounts)
 
@@ -51,12 +52,6 @@ def _rewrite(path: str, name: str, fields: dict[int, str], *, unless: str | None
         file.write("".join(":".join(line) + "\n" for line in fresh))
         os.fchmod(file.fileno(), 0o644)
     os.rename(part, path)
-
-
-def _mounts() -> frozenset[str]:
-    """Mount points, proc(5): what is mounted inside a folder belongs to somebody else unless it is listed itself."""
-    with open(MOUNTS, encoding="utf-8", errors="surrogateescape") as file:
-        return frozenset(line.split()[4] for line in file)
 
 
 def _hand_over(folder: str, new: tuple[int, int], mounts: Collection[str]) -> None:

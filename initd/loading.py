@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import re
 import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from initd.core import policy
-from initd.files import read_regular
+from initd.files import mount_points, read_regular
 
 if TYPE_CHECKING:
     from initd.core.policy import Policy
@@ -48,7 +47,7 @@ def writable_by(path: Path, uid: int, gid: int) -> str | None:
     The file itself, or a directory on the way that lets it be replaced or renamed. A mount point cannot be renamed
     (rename(2), EBUSY), so the walk ends there: this is what makes the read-only mount of the compose file hold.
     """
-    mounts = _mount_points()
+    mounts = mount_points()
     for place in (path, *path.parents):
         try:
             status = place.lstat()
@@ -64,16 +63,6 @@ def writable_by(path: Path, uid: int, gid: int) -> str | None:
         if str(place) in mounts:
             return None
     return None
-
-
-def _mount_points() -> frozenset[str]:
-    """Where something is mounted in this namespace; a bind mount of the same file system shows nowhere else.
-
-    Field 5 of /proc/self/mountinfo, with octal escapes for blank, tab, newline and backslash (proc(5)).
-    """
-    with Path("/proc/self/mountinfo").open(encoding="utf-8", errors="surrogateescape") as lines:
-        fields = [line.split(" ", 5)[4] for line in lines]
-    return frozenset(re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), field) for field in fields)
 
 
 def _may_write(status: os.stat_result, uid: int, gid: int) -> bool:
