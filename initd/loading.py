@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import stat
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from initd.core import policy
 from initd.files import mount_points, read_regular
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from initd.core.policy import Policy
     from initd.settings import Settings
 
