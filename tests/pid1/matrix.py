@@ -31,7 +31,8 @@ FOOT = """
 from its parent. What `sigqueue(3)` carries is its sender's own word (`rt_sigqueueinfo(2)` lets a process write PID
 0 and UID 0 into it), so a queued signal never counts. Ignored signals make at most one log line a second. A
 process of the session user that sends more than 64 within a second is paused for half a second, because a pending
-signal swallows the next of its kind.
+signal swallows the next of its kind. A TERM of the engine's that meets one of theirs in the instant before is lost
+like any other; the next one is heard, and the engine's KILL needs no hearing.
 
 **Stop.** The engine's TERM (INT too, when there is no command) or the end of the command: every process gets TERM,
 then `INITD_STOP_GRACE` seconds, ended early when all are gone, then KILL; the warden is told last. PID 1 has no
