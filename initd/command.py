@@ -43,7 +43,7 @@ def become(argv: list[str], *, mask: Iterable[int], home: dict[str, str]) -> NoR
         environ = {**os.environ, **home}
         if environ.get("LISTEN_PID") == str(os.getppid()):  # sd_listen_fds(3) compares it with getpid()
             environ["LISTEN_PID"] = str(os.getpid())
-        os.setresgid(-1, -1, os.getgid())  # PID 1's saved GID is its own affair
+        os.setresuid(os.geteuid(), -1, os.geteuid())  # PID 1's real and saved UID are its own affair
         _go_first()
         _take_terminal()
         reap.restore_signals(mask)

@@ -35,7 +35,6 @@ PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS, PR_GET_NO_NEW_PRIVS = 36, 38, 39
 PR_CAP_AMBIENT, PR_CAP_AMBIENT_RAISE, PR_CAP_AMBIENT_CLEAR_ALL = 47, 2, 4
 SECUREBITS = 0b11_10_10_11
 """Pairs of (lock, bit), securebits.h: NO_CAP_AMBIENT_RAISE on, KEEP_CAPS off, NO_SETUID_FIXUP off, NOROOT on."""
-NOGROUP = 65534  # fs.overflowgid: owns nothing
 CAPABILITY_V3 = 0x20080522
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -84,21 +83,27 @@ def capset(permitted: Iterable[int], *, effective: Iterable[int], inheritable: I
         raise OSError(code, os.strerror(code))
 
 
-def drop_to(uid: int, gid: int, *, apart: bool = False) -> None:
+def drop_to(uid: int, gid: int, *, own: int | None = None) -> None:
     """End as uid:gid with no group, no capability in any set, securebits locked, no_new_privs, not dumpable.
 
-    `apart` leaves a saved GID that no session has, so that a session of the same user may not prlimit(2) us: an
-    RLIMIT_CPU of a second is a SIGKILL that even PID 1 gets (`check_prlimit_permission` compares all three GIDs).
+    `own` becomes the real and the saved UID, `uid` stays the effective one. kill(2) compares the sender's real or
+    effective UID with the receiver's real or saved one: such a process may signal those of `uid`, and they may not
+    signal it, nor set its limits (prlimit(2): an RLIMIT_CPU of a second is a SIGKILL that even PID 1 gets), and their
+    RLIMIT_SIGPENDING and RLIMIT_NPROC are not its own.
     """
     need({CAP_SETUID, CAP_SETGID, CAP_SETPCAP})
     _bound(frozenset())
     prctl(PR_SET_SECUREBITS, SECUREBITS)
     os.setgroups([])
+    os.setresgid(gid, gid, gid)
+    real = uid if own is None else own
     try:
-        os.setresgid(gid, gid, NOGROUP if apart else gid)
-    except OSError:  # EINVAL: a user namespace that does not map NOGROUP
-        os.setresgid(gid, gid, gid)
-    os.setresuid(uid, uid, uid)
+        os.setresuid(real, uid, real)
+    except OSError as error:  # EINVAL: a user namespace that lacks one of them
+        raise PrivilegeError(
+            f"cannot become UID {uid} with the real UID {real}: {error.strerror}",
+            hint="the user namespace must map UIDs 0 to 65535, see user_namespaces(7)",
+        ) from error
     prctl(PR_CAP_AMBIENT, PR_CAP_AMBIENT_CLEAR_ALL)
     capset((), effective=(), inheritable=())
     prctl(PR_SET_NO_NEW_PRIVS, 1)

@@ -15,7 +15,6 @@ import time
 from initd import command, drop, journal, notify, reap
 from initd.channel import Channel
 from initd.errors import InitdError, KernelError
-from initd.gate import Gate
 from initd.journal import say
 
 TYPE_CHECKING = False
@@ -54,7 +53,7 @@ def main(argv: list[str], options: Options, *, keeper: list[str] | None = None) 
     box.wait_for("armed")
     if box.over:  # a failed start, or the engine's TERM
         return box.stop(argv)
-    drop.drop_to(facts["uid"], facts["gid"], apart=True)
+    drop.drop_to(facts["uid"], facts["gid"], own=facts["own"])
     if options.parent_death:
         drop.prctl(drop.PR_SET_PDEATHSIG, options.parent_death)  # a change of UID clears it, prctl(2)
     drop.attack(box.keeper)
@@ -104,7 +103,6 @@ class Box:
 
     def __init__(self, signals: reap.SignalQueue, facts: dict[str, Any], options: Options) -> None:
         self._signals, self._facts, self._options = signals, facts, options
-        self._gate = Gate(uid=facts["uid"])
         self._heard: set[str] = set()
         self._stopping = self._hurry = False
         self._command: int | None = None
@@ -148,27 +146,27 @@ class Box:
 
     def turn(self, seconds: float | None) -> None:
         """Wait for something to happen, at most `seconds`, and deal with all of it."""
-        patience = self._gate.patience()
-        waits = [wait for wait in (seconds, patience) if wait is not None]
-        self._poll.poll(min(waits) * 1000 + 1 if waits else None)
-        for one in self._signals.read():
-            if one.number != signal.SIGCHLD and self._gate.admits(one):
-                self._act(one)
+        self._poll.poll(None if seconds is None else seconds * 1000 + 1)
+        for number in self._signals.read():
+            if number != signal.SIGCHLD:
+                self._act(number)
         for pid, status in reap.reap():
             self._ended(pid, status)
-        self._gate.tidy()
         if self.channel.open:
             self._heard.update(message["event"] for message in self.channel.receive())
             if not self.channel.open:
                 self._poll.unregister(self.channel)
 
-    def _act(self, one: reap.Signal) -> None:
-        """TERM ends the box, INT does when there is no command; everything else is the command's business."""
-        if one.number == signal.SIGTERM or (one.number == signal.SIGINT and self._command is None):
+    def _act(self, number: int) -> None:
+        """TERM ends the box, INT does when there is no command; everything else is the command's business.
+
+        Whoever could send it may: the engine, root, a terminal, our parent. A session cannot (`drop.drop_to`).
+        """
+        if number == signal.SIGTERM or (number == signal.SIGINT and self._command is None):
             self._hurry = self._stopping
             self._stopping = True
         elif self._command is not None:
-            command.forward(self._command, one.number, group=self._options.group)
+            command.forward(self._command, number, group=self._options.group)
 
     def _ended(self, pid: int, status: int) -> None:
         if pid == self._command and os.WIFSTOPPED(status):
@@ -212,13 +210,13 @@ class Box:
         return not self._reachable()
 
     def _reachable(self) -> list[reap.Process]:
-        uid = os.getuid()
+        uid = os.geteuid()
         everybody = reap.living(os.getpid(), spare={self.keeper})
         return [process for process in everybody if uid in (0, process.ruid, process.suid)]
 
     def _tell_all(self, number: int) -> None:
         """Signal every process of our own user. As root (the drop never came) that is the keeper's task."""
-        if os.getuid() == 0:
+        if os.geteuid() == 0:
             return
         if os.getpid() == 1:  # kill(-1) is atomic: no fork escapes it
             reap.tell(-1, number)

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
     from initd.settings import Settings
 
+OWN = (65533, 65532, 65531)
+"""UIDs of which PID 1 takes the first that is neither the session's nor the warden's: no account, no process has it."""
+
 
 def run(out: int) -> NoReturn:
     """Prepare, answer on `out`, exit; never returns into the caller's code."""
@@ -39,7 +42,7 @@ def run(out: int) -> NoReturn:
 def prepare(settings: Settings) -> dict[str, Any]:
     """Make both folders the warden's to write in, without CHOWN or DAC_OVERRIDE, and clear what a last run left."""
     drop.need(drop.KEEPER)  # first, so that what is missing is named, not what fails for want of it
-    _, gid = warden_account(settings)
+    warden, gid = warden_account(settings)
     for folder in (settings.run_dir, settings.state_dir):
         _folder(str(folder), settings.warden_user, gid)
     with drop.as_owner(str(settings.run_dir)):
@@ -51,6 +54,7 @@ def prepare(settings: Settings) -> dict[str, Any]:
         "environ": {**settings.environ()},
         "uid": settings.claude_uid,
         "gid": settings.claude_gid,
+        "own": next(uid for uid in OWN if uid not in (settings.claude_uid, warden)),
         "grace": settings.stop_grace,
         "home": _home(settings.claude_uid),
     }

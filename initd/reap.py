@@ -1,8 +1,7 @@
 """Runs: PID 1 and the keeper, always. Signals in, waits, exit codes.
 
 Signals are read from a signalfd(2): nothing wakes up unless something happened, no handler runs between two lines,
-real-time signals stay queued one by one, and each carries the UID of its sender as the kernel recorded it. (CPython
-has no signalfd before 3.15 and its wakeup fd loses the sender.)
+and real-time signals stay queued one by one. (CPython has no signalfd before 3.15.)
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from signal import (
     SIGKILL,
     SIGPIPE,
     SIGXFSZ,
-    Signals,
     pthread_sigmask,
     signal,
     valid_signals,
@@ -31,28 +29,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-SI_USER, SI_TKILL, SI_KERNEL = 0, -6, 0x80
-_INFO = struct.Struct("=IiiII108x")  # signo, errno, code, pid, uid of struct signalfd_siginfo
+_INFO = struct.Struct("=I124x")  # ssi_signo of struct signalfd_siginfo
 _SFD_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK
 
 _libc = ctypes.CDLL(None, use_errno=True)
-
-
-class Signal:
-    """One signal as the kernel delivered it."""
-
-    __slots__ = ("code", "number", "pid", "uid")
-
-    def __init__(self, number: int, code: int, pid: int, uid: int) -> None:
-        self.number, self.code, self.pid, self.uid = number, code, pid, uid
-
-    @property
-    def name(self) -> str:
-        """SIGTERM, or SIG40 for a real-time signal without a name."""
-        try:
-            return Signals(self.number).name
-        except ValueError:
-            return f"SIG{self.number}"
 
 
 class SignalQueue:
@@ -71,35 +51,13 @@ class SignalQueue:
         """For poll."""
         return self._fd
 
-    def read(self) -> list[Signal]:
-        """What is pending, oldest first, at most 64 at a time."""
+    def read(self) -> list[int]:
+        """The numbers of what is pending, oldest first, at most 64 at a time."""
         try:
             data = os.read(self._fd, 64 * _INFO.size)
         except BlockingIOError:
             return []
-        return [Signal(number, code, pid, uid) for number, _, code, pid, uid in _INFO.iter_unpack(data)]
-
-
-def genuine(signal: Signal) -> bool:
-    """True when the kernel filled in the sender: kill(2), tgkill(2), or the kernel itself (a terminal).
-
-    sigqueue(3) carries whatever PID and UID its caller wrote, 0 included (rt_sigqueueinfo(2)), so it proves nothing.
-    """
-    return signal.code in (SI_USER, SI_TKILL, SI_KERNEL)
-
-
-def queue_exhausted() -> bool:
-    """True when this user's signal queue is full.
-
-    Then the kernel delivers even a queued signal without its siginfo, and it reads like one from outside the PID
-    namespace: SI_USER, PID 0, UID 0 (`__send_signal_locked` and `collect_signal` in kernel/signal.c).
-    """
-    try:
-        with open("/proc/self/status", encoding="ascii", errors="replace") as status:
-            queued, limit = next(line.split()[1] for line in status if line.startswith("SigQ:")).split("/")
-    except OSError:  # no /proc: nothing to tell the two apart by, and the engine must be able to stop us
-        return False
-    return int(queued) >= int(limit)
+        return [number for (number,) in _INFO.iter_unpack(data)]
 
 
 def restore_signals(mask: Iterable[int]) -> None:

@@ -26,13 +26,13 @@ non-root PID 1 run the others as the same user. A “no” may be a decision of 
 FOOT = """
 ## What initd's rows rest on
 
-**Who may signal.** A signal counts when it comes from outside the PID namespace (`si_pid` 0), from root inside
-(`si_uid` 0, recorded by the kernel at sending time), from a terminal (`SI_KERNEL`), or, when initd is not PID 1,
-from its parent. What `sigqueue(3)` carries is its sender's own word (`rt_sigqueueinfo(2)` lets a process write PID
-0 and UID 0 into it), so a queued signal never counts. Ignored signals make at most one log line a second. A
-process of the session user that sends more than 64 within a second is paused for half a second, because a pending
-signal swallows the next of its kind. A TERM of the engine's that meets one of theirs in the instant before is lost
-like any other; the next one is heard, and the engine's KILL needs no hearing.
+**Who may signal.** Whoever the kernel lets: the engine, root, a terminal and, when initd is not PID 1, its parent.
+PID 1's effective UID is the session's, its real and saved UID are one that no other process has. kill(2) compares
+the sender's real or effective UID with the receiver's real or saved one, so PID 1 may signal every process of the
+session, and none of them may signal PID 1 (EPERM), neither by sigqueue(3) with a forged sender nor by a pipe that
+it owns (`F_SETOWN`). So none of theirs is ever pending, which would swallow the engine's, and PID 1's queue of
+signals and its resource limits are its own. A session can still lower PID 1's priority: that check looks at the
+effective UID.
 
 **Stop.** The engine's TERM (INT too, when there is no command) or the end of the command: every process gets TERM,
 then `INITD_STOP_GRACE` seconds, ended early when all are gone, then KILL; the warden is told last. PID 1 has no

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from initd.prepare import OWN
 from tests.pid1.outer import UID, children, eventually, status
 
 pytestmark = pytest.mark.kernel
@@ -58,7 +59,7 @@ def test_privilege_is_visible_by_name(box):
     one = box().start()
     assert one.comm(one.pid) == "initd", one.stderr
     assert one.named("initd-keeper")
-    assert status(one.pid)["Uid"].split() == [str(UID)] * 4
+    assert status(one.pid)["Uid"].split() == [str(OWN[0]), str(UID)] * 2
 
 
 def test_starts_with_the_documented_capabilities_only(box):

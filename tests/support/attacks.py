@@ -17,7 +17,7 @@ import sys
 
 CONTROLS = (
     "nft list ruleset", "ipset list", "conntrack -L", "raw socket", "packet socket", "SO_MARK",
-    "bind port 53", "become the warden", "signal the warden", "write the run dir", "trace the warden",
+    "bind port 53", "become the warden", "signal the warden", "signal PID 1", "write the run dir", "trace the warden",
 )  # fmt: skip
 
 COMMANDS = """
@@ -125,7 +125,7 @@ def trace(pid):
 
 
 def against(name, pid):
-    """Attacks on one of our processes. PID 1 has our UID: signals to it are allowed and have no effect."""
+    """Attacks on one of our processes. PID 1 has our UID as its effective one: its priority may be lowered."""
     yield f"trace {name}", lambda: trace(pid)
     yield f"limits of {name}", lambda: limits(pid)
     for what in ("environ", "mem", "maps", "auxv", "stack"):
@@ -138,9 +138,9 @@ def against(name, pid):
     for what in ("oom_score_adj", "coredump_filter", "clear_refs", "comm", "mem"):
         yield f"write {what} of {name}", lambda what=what: write(f"/proc/{pid}/{what}", "1")
     yield f"take a descriptor of {name}", lambda: call(libc.syscall, 438, os.pidfd_open(pid), 0, 0)  # pidfd_getfd
+    yield f"signal {name}", lambda: os.kill(pid, 0) is None
+    yield f"kill {name}", lambda: os.kill(pid, signal.SIGKILL) is None
     if pid != 1:
-        yield f"signal {name}", lambda: os.kill(pid, 0) is None
-        yield f"kill {name}", lambda: os.kill(pid, signal.SIGKILL) is None
         yield f"priority of {name}", lambda: os.setpriority(os.PRIO_PROCESS, pid, 19) is None
         yield f"processors of {name}", lambda: os.sched_setaffinity(pid, {0}) is None
 

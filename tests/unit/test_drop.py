@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
@@ -52,6 +56,34 @@ def test_drop_to_ends_with_nothing():
     assert {key: got[key] for key in got if key.startswith("Cap")} == {
         f"Cap{kind}": ["0" * 16] for kind in ("Inh", "Prm", "Eff", "Bnd", "Amb")
     }
+
+
+def test_with_a_uid_of_its_own_it_is_out_of_reach_of_its_user():
+    def action():
+        drop.drop_to(UID, UID, own=65533)
+        ours, theirs = os.pipe()
+        child = os.fork()
+        if child == 0:
+            os.setresuid(UID, UID, UID)  # what a command of PID 1's does
+            os.write(theirs, b"x")
+            signal.pause()
+        os.read(ours, 1)
+        os.kill(child, signal.SIGTERM)
+        return [state()["Uid"], os.WTERMSIG(os.waitpid(child, 0)[1])]
+
+    assert in_child(action) == [["65533", "501", "65533", "501"], signal.SIGTERM]
+
+
+def test_a_user_namespace_without_that_uid_is_said():
+    script = "from initd import drop; drop.drop_to(501, 501, own=65533)"
+    shell = ["unshare", "-U", "sh", "-c", 'echo; read mapped; exec "$0" -c "$1"', sys.executable, script]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(shell, text=True, **pipes) as process:
+        process.stdout.readline()  # it is in its user namespace
+        for kind in ("uid", "gid"):
+            Path(f"/proc/{process.pid}/{kind}_map").write_text("0 0 1000")
+        _, said = process.communicate("mapped\n")
+    assert "cannot become UID 501 with the real UID 65533: Invalid argument" in said
 
 
 def test_attack_finds_nothing_after_the_whole_drop():
