@@ -64,6 +64,7 @@ WAITERS = 1024
 _REFUSAL = wire.negative_reply(wire.NXDOMAIN)
 _EMPTY = wire.negative_reply(wire.NOERROR)
 _CARRIED = (wire.TYPE_A, wire.TYPE_AAAA)
+_ASKED = (Fate.FORWARD, Fate.HOSTS)
 
 
 class Failure(NamedTuple):
@@ -125,8 +126,8 @@ class DnsGuard:
     def set_policy(self, decide: Decide, *, options: GuardOptions | None = None) -> tuple[Element, ...]:
         """Judge by this from now on, learned addresses too; returns elements that were forgotten, to be cut as well.
 
-        Answers from the cache are judged again when they are next asked for. `options.terms`, `cache`, `concurrency`
-        and `answer_within` stay as they were at the start.
+        Answers from the cache are judged again when they are next asked for; what is being asked upstream and may not be
+        asked any more ends now. `options.terms`, `cache`, `concurrency` and `answer_within` stay as they were.
         """
         self._decide = decide
         if options is not None:
@@ -135,6 +136,7 @@ class DnsGuard:
         self._judged.clear()
         self._fresh.clear()
         self._generation += 1
+        self._upstreams.withdraw(lambda name: self._judge(name).fate not in _ASKED)
         self._take_hosts()
         return self._learner.reconsider(self._services_of)
 
@@ -167,7 +169,7 @@ class DnsGuard:
         judged = self._judge(packed)
         if judged.fate is Fate.OWN:
             return judged.addresses
-        if judged.fate not in (Fate.FORWARD, Fate.HOSTS):
+        if judged.fate not in _ASKED:
             raise ResolveError(name, "refused")
         outcomes = await asyncio.gather(*(self._outcome((packed, qtype)) for qtype in _CARRIED))
         entries = [one for one in outcomes if isinstance(one, Entry)]
@@ -244,7 +246,7 @@ class DnsGuard:
         """What `name` may open at `address` under the policy in force."""
         with contextlib.suppress(ValueError):
             judged = self._judge(name_wire(name))
-            if judged.fate in (Fate.FORWARD, Fate.HOSTS) and learnable(address.packed, judged):
+            if judged.fate in _ASKED and learnable(address.packed, judged):
                 return judged.decision.services
         return frozenset()
 
@@ -295,7 +297,7 @@ class DnsGuard:
 
     def _judge_arrival(self, key: Key, answer: wire.Answer | None, reason: str) -> Outcome:
         judged = self._judge(key[0])  # the policy may have changed since it was asked
-        if judged.fate not in (Fate.FORWARD, Fate.HOSTS):
+        if judged.fate not in _ASKED:
             return Failure("refused", wire.NXDOMAIN)
         if answer is not None:
             return self._accept(key, judged, answer)

@@ -97,7 +97,8 @@ class Attempt:
 class Question:
     """One name and type on its way to an answer; `done(answer, reason)` is called exactly once.
 
-    `answer` is None when there is none to be had; `reason` then is "timeout", "servfail", "overload" or "stopped".
+    `answer` is None when there is none to be had; `reason` then is "timeout", "servfail", "overload", "withdrawn" or
+    "stopped".
     """
 
     __slots__ = (
@@ -114,7 +115,7 @@ class Question:
         self.deadline = 0.0
         self.refused: set[Server] = set()
         self.timer: asyncio.TimerHandle | None = None
-        self.streams = 0
+        self.streams: set[asyncio.Task[None]] = set()
         self.finished = False
 
 
@@ -157,6 +158,12 @@ class Upstreams:
             self._waiting.append(question)
         else:
             self._finish(question, None, "overload")
+
+    def withdraw(self, unwanted: Callable[[bytes], bool]) -> None:
+        """End each question for an unwanted name, so that nothing more is sent for it."""
+        for question in [*self._waiting, *self._active]:  # the waiting first: an end gives its seat away
+            if unwanted(question.name):
+                self._finish(question, None, "withdrawn")
 
     async def close(self) -> None:
         """End every question as a failure."""
@@ -270,8 +277,9 @@ class Upstreams:
         if answer.truncated:
             self._end(attempt)
             task = asyncio.get_running_loop().create_task(self._stream(question, server))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            for tasks in (self._tasks, question.streams):
+                tasks.add(task)
+                task.add_done_callback(tasks.discard)
         elif answer.rcode in (wire.NOERROR, wire.NXDOMAIN):
             self._finish(question, answer, "")
         elif answer.rcode in (wire.FORMERR, wire.NOTIMP) and server.edns:
@@ -291,12 +299,11 @@ class Upstreams:
     async def _stream(self, question: Question, server: Server) -> None:
         """The same question over TCP (RFC 7766), within what is left of its time."""
         answer: wire.Answer | None = None
-        question.streams += 1
         left = question.deadline - time.monotonic()
         with contextlib.suppress(OSError, TimeoutError, asyncio.IncompleteReadError, wire.Malformed):
             async with asyncio.timeout(min(left, self._within / 2)):
                 answer = await _ask_stream(server, question)
-        question.streams -= 1
+        question.streams -= {asyncio.current_task()}
         if answer is not None and answer.rcode in (wire.NOERROR, wire.NXDOMAIN):
             self._finish(question, answer, "")
             return
@@ -320,6 +327,8 @@ class Upstreams:
                 question.timer.cancel()
             for attempt in question.attempts:
                 self._end(attempt)
+            for task in question.streams - {asyncio.current_task()}:
+                task.cancel()
             self._active.discard(question)
             self._seat()
 

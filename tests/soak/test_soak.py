@@ -176,8 +176,7 @@ def test_leak(history: History, one: Packet) -> None:
         ("h1.wild.example", 1.0, False),
         (world.WILD, 1.0, True),
         (POOL0, 50.0, False),
-        (POOL0, 103.0, False),  # asked before, repeated because nobody answers
-        (POOL0, 105.0, True),
+        (POOL0, 103.0, True),
         ("exfiltrated.attacker.example", 50.0, True),
     ],
 )

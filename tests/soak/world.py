@@ -35,9 +35,6 @@ RETIRED = 60.0
 MARGIN = 0.5
 """Seconds within which a packet counts as sent before a change: time stamps are taken at the far end of the cable."""
 
-IN_FLIGHT = 4.0
-"""Seconds for which a question that was asked while its name was listed may be repeated: the guard gives up after 3."""
-
 SETTLE = 6.0
 """Seconds after a resolver came back, for which no failure counts: the guard may still wait for old questions."""
 
@@ -177,7 +174,7 @@ class History:
         """Why a question should not have gone upstream, or None."""
         if query.name in {SITE, PORTS, ROTATING, DOWNLOADS} or query.name.endswith(f".{WILD}"):
             return None
-        if query.name in self.maybe and self.maybe[query.name].touch(query.at - IN_FLIGHT, query.at + MARGIN):
+        if query.name in self.maybe and self.maybe[query.name].touch(query.at - MARGIN, query.at + MARGIN):
             return None
         return f"DNS question for {query.name} {query.type}: not listed"
 

@@ -503,6 +503,29 @@ class TestPolicy:
             assert (await waiting).rcode == "NXDOMAIN"
             assert lab.kernel.addresses() == set()
 
+    @pytest.mark.parametrize("policy", ["site.example\n", pytest.param(POLICY, id="negative control")])
+    @pytest.mark.parametrize("transport", ["udp", "tcp"])
+    @scenario
+    async def test_a_question_on_its_way_is_not_asked_again_once_its_name_is_gone(self, transport, policy):
+        kept = policy == POLICY
+        async with guarded(answer_within=2.0, concurrency=1) as lab:
+
+            def silent(data, came_by):
+                return [lab.upstream.answer(data, flags=0x8380)] if (came_by, transport) == ("udp", "tcp") else []
+
+            lab.upstream.handler = silent
+            waiting = [asyncio.create_task(lab.ask(name)) for name in ("four.example", "gone.example")]
+            while transport not in {how for _, _, how in lab.upstream.asked}:
+                await asyncio.sleep(0.01)
+            asked = len(lab.upstream.asked)
+            lab.decide_by(policy)
+            got = await asyncio.gather(*waiting)
+            assert {one.rcode for one in got} == {"SERVFAIL" if kept else "NXDOMAIN"}
+            assert (max(one.seconds for one in got) > 1) == kept
+            await asyncio.sleep(1)
+            assert (len(lab.upstream.asked) > asked) == kept
+            assert lab.guard.stats().pending == 0
+
     @scenario
     async def test_a_range_that_is_no_longer_listed_no_longer_passes(self):
         async with guarded(range_listed=lambda _: True) as lab:
