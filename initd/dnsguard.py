@@ -126,8 +126,8 @@ class DnsGuard:
     def set_policy(self, decide: Decide, *, options: GuardOptions | None = None) -> tuple[Element, ...]:
         """Judge by this from now on, learned addresses too; returns elements that were forgotten, to be cut as well.
 
-        Answers from the cache are judged again when they are next asked for; what is being asked upstream and may not be
-        asked any more ends now. `options.terms`, `cache`, `concurrency` and `answer_within` stay as they were.
+        Answers from the cache are judged again when they are next asked for; what is being asked upstream and is not
+        listed any more ends now. `options.terms`, `cache`, `concurrency` and `answer_within` stay as they were.
         """
         self._decide = decide
         if options is not None:

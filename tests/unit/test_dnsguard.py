@@ -510,13 +510,17 @@ class TestPolicy:
         kept = policy == POLICY
         async with guarded(answer_within=2.0, concurrency=1) as lab:
 
+            arrived = asyncio.Event()
+
             def silent(data, came_by):
-                return [lab.upstream.answer(data, flags=0x8380)] if (came_by, transport) == ("udp", "tcp") else []
+                if came_by == transport:
+                    arrived.set()
+                    return []
+                return [lab.upstream.answer(data, flags=0x8380)]
 
             lab.upstream.handler = silent
             waiting = [asyncio.create_task(lab.ask(name)) for name in ("four.example", "gone.example")]
-            while transport not in {how for _, _, how in lab.upstream.asked}:
-                await asyncio.sleep(0.01)
+            await arrived.wait()
             asked = len(lab.upstream.asked)
             lab.decide_by(policy)
             got = await asyncio.gather(*waiting)
