@@ -509,7 +509,6 @@ class TestPolicy:
     async def test_a_question_on_its_way_is_not_asked_again_once_its_name_is_gone(self, transport, policy):
         kept = policy == POLICY
         async with guarded(answer_within=2.0, concurrency=1) as lab:
-
             arrived = asyncio.Event()
 
             def silent(data, came_by):
