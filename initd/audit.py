@@ -8,6 +8,7 @@ everything is enforced. No error leads into this mode.
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -28,13 +29,18 @@ class Audit:
 
     until: float | None
 
+    @property
+    def end(self) -> float:
+        """`until`, infinity without an end."""
+        return math.inf if self.until is None else self.until
+
     def left(self, now: float) -> float | None:
         """Seconds left, never negative; None without an end."""
         return None if self.until is None else max(self.until - now, 0.0)
 
     def over(self, now: float) -> bool:
         """Whether it has ended."""
-        return self.until is not None and now >= self.until
+        return now >= self.end
 
 
 def begin(settings: Settings, *, resuming: bool, now: float) -> Audit | None:

@@ -102,6 +102,7 @@ class Live:
         self.audit: Audit | None = None
         self._changing = asyncio.Lock()
         self._writing = asyncio.Lock()
+        self._audit_changed = asyncio.Event()
         self._options: GuardOptions | None = None
         # python-iptables must not be entered twice, and pyroute2's sync sockets not from a running loop.
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="netfilter")
@@ -133,6 +134,14 @@ class Live:
         """Whether audit mode is on and not over."""
         return self.audit is not None and not self.audit.over(time.monotonic())
 
+    async def audit_is_over(self) -> None:
+        """Wait until audit mode, on now or later, has reached its end."""
+        while self.audit is None or self.auditing:
+            self._audit_changed.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(None if self.audit is None else self.audit.left(time.monotonic())):
+                    await self._audit_changed.wait()
+
     async def set_audit(self, wanted: Audit | None) -> tuple[str, ...]:
         """Enter audit mode, or leave it; connections that end with it. An error enforces, whatever was asked for."""
         path = self.parts.settings.run_dir / audit.FILE
@@ -152,6 +161,8 @@ class Live:
                 if isinstance(error, OSError):
                     raise EnforcementError(f"{path} cannot be written: {error.strerror}") from error
                 raise
+            finally:
+                self._audit_changed.set()
         left = wanted and wanted.left(time.monotonic())
         self.parts.log.warning("audit.entered" if wanted else "audit.ended", left=left, closed=len(closed))
         return closed
@@ -231,11 +242,11 @@ class Live:
                 ms=round((time.monotonic() - started) * 1000, 1),
             )
         before, self.now = self.now, InForce(loaded, lookup, ruleset)
-        words = text(policy, loaded.source, audit=ruleset.audit)
+        words = text(policy, loaded.source, audit=ruleset.audit is not None)
         publish(self.parts.settings.run_dir, words, log=self.parts.log)
         names = {lease.address: lease.name for lease in self.parts.guard.leases}
         options = guard_options(self.parts.settings, policy, chain.from_iterable(self._networks().values()))
-        options = replace(options, audit=ruleset.audit)
+        options = replace(options, audit=ruleset.audit is not None)
         self.parts.guard.set_policy(lookup.decide, options=None if options == self._options else options)
         self._options = options
         if before is None:
@@ -267,7 +278,7 @@ class Live:
             engine_dns=any(str(endpoint.address) == ENGINE_DNS for endpoint in self.upstreams),
             subnets=frozenset(neighbourhood().subnets),
             log=self.parts.probe.capabilities["nflog"],
-            audit=self.auditing,
+            audit=self.audit.end if self.audit is not None and self.auditing else None,
         )
         return compile_ruleset(policy.ranges, policy.feeds, networks=self._networks(), around=around)
 
@@ -286,7 +297,7 @@ class Live:
         own = neighbourhood().addresses
 
         def revoked(flow: conntrack.Flow) -> bool:
-            if ruleset.audit and flow.dport != DNS and special_of(flow.destination) is None:
+            if ruleset.audit is not None and flow.dport != DNS and special_of(flow.destination) is None:
                 return False
             inward = flow.destination.is_loopback or flow.destination in own
             asking = (flow.destination, flow.dport) in upstream or (ruleset.engine_dns and flow.dport == DNS)

@@ -25,7 +25,7 @@ HEARTBEAT = 5.0
 """Seconds between signs of life; the keeper waits for four of them."""
 
 AUDIT = 0.5
-"""Seconds by which audit mode may end late."""
+"""Seconds until another try when audit mode could not be ended; the kernel has ended it anyway (`Ruleset.audit`)."""
 
 METRICS = 15.0
 """Seconds between two writings of the metrics file: Prometheus' usual scrape interval."""
@@ -94,8 +94,8 @@ class Upkeep:
             self._live.parts.guard.set_upstreams(upstreams)
 
     async def _end_audit(self) -> None:
-        if self._live.audit is not None and not self._live.auditing:
-            await self._live.set_audit(None)
+        await self._live.audit_is_over()
+        await self._live.set_audit(None)
 
     async def _record(self) -> None:
         self._operations.recorder.write()

@@ -48,8 +48,9 @@ class Ruleset:
     `warden_uid` may reach `upstreams` on TCP and UDP; nobody else may.
     `engine_dns` lets UID 0 reach port 53 anywhere: Docker's embedded resolver (127.0.0.11) forwards from inside
     the container's namespace as root. `static` holds public elements, `private` those inside `SPECIAL` ranges.
-    `subnets` may open connections to the box (INPUT). `log` turns on the rate-limited NFLOG rules. `audit` lets go
-    what is merely unlisted, logged with a prefix of its own; special ranges and other resolvers stay shut.
+    `subnets` may open connections to the box (INPUT). `log` turns on the rate-limited NFLOG rules. Until `audit`,
+    monotonic seconds, what is merely unlisted is let go, logged with a prefix of its own; special ranges and other
+    resolvers stay shut. The kernel itself ends that, by the time-out of a set; it knows no end for infinity.
     """
 
     warden_uid: int
@@ -59,7 +60,7 @@ class Ruleset:
     private: frozenset[Element] = frozenset()
     subnets: frozenset[IPNetwork] = frozenset()
     log: bool = field(default=True)
-    audit: bool = False
+    audit: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,7 @@ class Surroundings:
     engine_dns: bool = False
     subnets: frozenset[IPNetwork] = frozenset()
     log: bool = True
-    audit: bool = False
+    audit: float | None = None
 
 
 def compile_ruleset(

@@ -7,6 +7,8 @@ their own and may be called from the event loop while another thread is inside `
 
 from __future__ import annotations
 
+import math
+import time
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -44,6 +46,13 @@ class Counters:
     """Packets refused since the rules were made, by reason ("special", "unlisted", "dns", "input")."""
 
     refused: Mapping[str, int]
+
+
+def seconds_left(end: float | None) -> int | None:
+    """The time-out of what is to end at monotonic second `end`: at least 1, 0 for ever, None for not at all."""
+    if end is None:
+        return None
+    return 0 if math.isinf(end) else max(1, math.ceil(end - time.monotonic()))
 
 
 class Backend(Protocol):

@@ -66,7 +66,7 @@ def _words(options: Options) -> Iterator[str]:
 
 
 def set_name(version: int, kind: str) -> str:
-    """The name of a set of ours: `kind` is static, private, special or learned."""
+    """The name of a set of ours: `kind` is static, private, special, learned or audit."""
     return f"initd{version}-{kind}"
 
 
@@ -120,15 +120,19 @@ def chains(version: int, ruleset: Ruleset) -> Chains:
 
 def _unlisted(version: int, ruleset: Ruleset) -> Iterator[Rule]:
     """Refuse the rest; audit mode lets it go, but to no resolver: names are asked of the guard, or none is recorded."""
-    if ruleset.audit:
+    if ruleset.audit is not None:
+        audited = (_in_set(version, "audit"),)
         for proto in ("udp", "tcp"):
             resolver = (proto, (("dport", ("53",)),))
             if ruleset.log:
                 yield from _log(NFLOG_PREFIX, proto=proto, matches=(resolver,))
             yield _reject(version, proto=proto, matches=(resolver,))[proto == "udp"]
+        if ruleset.log:
+            yield from _log("initd-audit", matches=audited)
+        yield Rule("ACCEPT", matches=audited)
     if ruleset.log:
-        yield from _log("initd-audit" if ruleset.audit else NFLOG_PREFIX)
-    yield from (Rule("ACCEPT"),) if ruleset.audit else _reject(version)
+        yield from _log(NFLOG_PREFIX)
+    yield from _reject(version)
 
 
 def _log(prefix: str, *, proto: str | None = None, matches: tuple[tuple[str, Options], ...] = ()) -> tuple[Rule]:
@@ -197,7 +201,7 @@ def _no_riding(version: int) -> Rule:
 
 
 def _in_set(version: int, kind: str, *, negated: bool = False) -> tuple[str, Options]:
-    direction = "dst" if kind == "special" else "dst,dst"
+    direction = "dst" if kind in {"special", "audit"} else "dst,dst"
     value = (set_name(version, kind), direction)
     return "set", (("match-set", ("!", *value) if negated else value),)
 

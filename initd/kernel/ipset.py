@@ -125,12 +125,12 @@ class SetWriter:
         self._sets.close()
         self._raw.close()
 
-    def load(self, spec: SetSpec, elements: Iterable[Element]) -> bool:
-        """Make the set hold exactly `elements`, in one step for whoever looks at it.
+    def load(self, spec: SetSpec, elements: Iterable[Element], *, timeout: int = 0) -> bool:
+        """Make the set hold exactly `elements`, in one step for whoever looks at it; `timeout` in seconds, 0 for ever.
 
         False when a set of that name but of another type stands in the way (`replace` it then). Raises KernelError.
         """
-        packed = [pack(element, ports=spec.kind != "hash:net") for element in elements]
+        packed = [pack(element, timeout=timeout or None, ports=spec.kind != "hash:net") for element in elements]
         return self._install(spec, packed)
 
     def _install(self, spec: SetSpec, packed: list[bytes]) -> bool:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from initd.core.ruleset import Element
 from initd.errors import KernelError
-from initd.kernel import libnftables, nftelements, nftlisting, nftrules
+from initd.kernel import base, libnftables, nftelements, nftlisting, nftrules
 from initd.kernel.base import Counters, Listing, Probe
 
 if TYPE_CHECKING:
@@ -73,6 +73,14 @@ def _special() -> Iterator[str]:
         if nftelements.networks(name) != networks:
             yield f"flush set {TABLE} {name}"
             yield f"add element {TABLE} {name} {{ {', '.join(networks)} }}"
+
+
+def _audit(end: float | None) -> Iterator[str]:
+    yield f"flush set {TABLE} {nftrules.AUDIT}"
+    left = base.seconds_left(end)
+    if left is not None:
+        timeout = f" timeout {left}s" if left else ""
+        yield f"add element {TABLE} {nftrules.AUDIT} {{ ipv4{timeout}, ipv6{timeout} }}"
 
 
 def _text(element: Element) -> str:
@@ -159,7 +167,7 @@ class Nftables:
         steps = ["\n".join(_skeleton())]
         for name, elements in _wanted(ruleset):
             steps += _difference(name, elements)
-        steps.append("\n".join([*_special(), *_rules(nftrules.enforcing(ruleset))]))
+        steps.append("\n".join([*_special(), *_audit(ruleset.audit), *_rules(nftrules.enforcing(ruleset))]))
         try:
             libnftables.run("\n".join(steps))
         except KernelError as error:

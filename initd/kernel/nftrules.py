@@ -38,6 +38,9 @@ _RESET = "ct state related tcp flags rst accept"
 Nothing else of TCP is related where no conntrack helper is assigned, and that takes NET_ADMIN."""
 _REFUSE = ("meta l4proto 6 reject with tcp reset", "reject with icmpx admin-prohibited")
 _LOG = 'limit rate 10/second burst 20 packets log prefix "{}" group 1'
+AUDIT = "initd-audit"
+"""The set that holds the IP versions that audit mode is on for, each for as long as it lasts."""
+_AUDITED = f"meta nfproto @{AUDIT}"
 _RESOLVERS = "meta l4proto { 6, 17 } th dport 53"
 
 Rules = dict[str, tuple[str, ...]]
@@ -51,6 +54,7 @@ def set_types() -> Iterator[tuple[str, str]]:
         yield f"initd{version}-private", f"{key} flags interval;"
         yield f"initd{version}-special", f"type ipv{version}_addr; flags interval;"
         yield f"initd{version}-learned", f"{key} size {LEARNED_SIZE}; flags timeout;"
+    yield AUDIT, "type nf_proto; flags timeout;"
 
 
 def special_sets() -> dict[str, tuple[str, ...]]:
@@ -125,13 +129,16 @@ def _output(ruleset: Ruleset) -> Iterator[str]:
 
 def _unlisted(ruleset: Ruleset) -> Iterator[str]:
     """Refuse the rest; audit mode lets it go, but to no resolver: names are asked of the guard, or none is recorded."""
-    if ruleset.audit:
+    if ruleset.audit is not None:
         if ruleset.log:
             yield f"{_RESOLVERS} {_LOG.format('initd')}"
         yield f'{_RESOLVERS} counter name "unlisted" goto refuse'
+        if ruleset.log:
+            yield f"{_AUDITED} {_LOG.format('initd-audit')}"
+        yield f"{_AUDITED} accept"
     if ruleset.log:
-        yield _LOG.format("initd-audit" if ruleset.audit else "initd")
-    yield "accept" if ruleset.audit else 'counter name "unlisted" goto refuse'
+        yield _LOG.format("initd")
+    yield 'counter name "unlisted" goto refuse'
 
 
 def _input(subnets: Iterable[IPNetwork]) -> Iterator[str]:

@@ -10,6 +10,7 @@ import errno
 import re
 import shutil
 import subprocess
+from ipaddress import ip_network
 from pathlib import Path
 from socket import AF_INET6, SOCK_DGRAM, socket
 from typing import TYPE_CHECKING, Any
@@ -19,7 +20,7 @@ from initd.core.special import SPECIAL4, SPECIAL6
 from initd.errors import KernelError
 from initd.kernel import chains as rules
 from initd.kernel import ipset, libiptc
-from initd.kernel.base import Counters, Listing, Probe
+from initd.kernel.base import Counters, Listing, Probe, seconds_left
 from initd.kernel.netlink import NETFILTER, Netlink, NetlinkRefusal
 
 if TYPE_CHECKING:
@@ -30,6 +31,11 @@ if TYPE_CHECKING:
 _PROGRAMS = "/usr/sbin:/sbin:/usr/bin:/bin:/usr/local/sbin"
 _READER_SECONDS = 10
 _TITLE = {4: "ip", 6: "ip6"}
+_HALVES = {
+    version: [Element(half, ipset.ANY, 0) for half in ip_network(every).subnets()]
+    for version, every in ((4, "0.0.0.0/0"), (6, "::/0"))
+}
+"""Every address; no set can hold a prefix length of 0."""
 _COUNTED = re.compile(r"\[(\d+):\d+\] -A (INITD-\S+) (.*-j REJECT .*)")
 
 
@@ -41,6 +47,9 @@ class Xtables:
     def __init__(self) -> None:
         self.versions = (4, 6) if _has_ipv6() else (4,)
         self._learned = {version: _learned_spec(version) for version in self.versions}
+        self._audit = [
+            ipset.SetSpec(rules.set_name(version, "audit"), "hash:net", version, timeout=0) for version in self.versions
+        ]
         self._learner = ipset.Learner(self._learned)
 
     def probe(self) -> Probe:
@@ -57,6 +66,10 @@ class Xtables:
         """See `Backend.apply`: sets first, because rules name them; then one commit a family."""
         with ipset.SetWriter() as sets:
             contents = dict(self._contents(ruleset))
+            if (left := seconds_left(ruleset.audit)) is not None:
+                for spec in self._audit:
+                    if not sets.load(spec, _HALVES[spec.version], timeout=left):
+                        raise KernelError(f"ipset: {spec.name} is of another type", hint="remove what uses it")
             blocked = [spec for spec, elements in contents.items() if not sets.load(spec, elements)]
             late = [spec for spec in self._learned.values() if not sets.ensure_learned(spec)]
             if blocked or late:
@@ -68,7 +81,10 @@ class Xtables:
                             f"ipset: {spec.name} is of another type, and a rule that is not ours holds it",
                             hint="remove the rule that names it",
                         )
-        self._write(lambda version: rules.chains(version, ruleset))
+            self._write(lambda version: rules.chains(version, ruleset))
+            if ruleset.audit is None:
+                for spec in self._audit:
+                    sets.destroy(spec.name)
 
     def expect(self, ruleset: Ruleset) -> Listing:
         """See `Backend.expect`."""
@@ -136,7 +152,7 @@ class Xtables:
             libiptc.edit_table(version, _remove)
         with ipset.SetWriter() as sets:
             for version in self.versions:
-                for kind in ("private", "special", "static", "learned"):
+                for kind in ("private", "special", "static", "learned", "audit"):
                     sets.destroy(rules.set_name(version, kind))
 
     def _contents(self, ruleset: Ruleset) -> Iterator[tuple[ipset.SetSpec, Iterable[Element]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import select
 import socket
@@ -216,6 +217,25 @@ def test_learned_opens_and_expires(backend, wire):
     assert rest[1].refused_at_once
     assert list(held) == [element(LEARNED4, 80)]
     assert 40 <= held[element(LEARNED4, 80)] <= 60
+
+
+@pytest.mark.parametrize("seconds", [2, pytest.param(math.inf, id="negative control")])
+def test_audit_ends_in_the_kernel(backend, wire, seconds):
+    # Not ICMP: pings of one id are one flow, which goes on.
+    targets = [target for target in UNLISTED if target[2:] != (53,) and target[0] != "icmp"]
+
+    def audit():
+        backend().apply(Ruleset(WARDEN, audit=time.monotonic() + seconds))
+        during = tries(targets)
+        time.sleep(2.6)
+        after = tries(targets)
+        backend().apply(Ruleset(WARDEN))
+        return during, after, tries(targets)
+
+    during, after, enforced = wire.do(audit)
+    assert apart(during, "open") == []
+    assert apart(after, "refused" if seconds == 2 else "open") == []
+    assert apart(enforced, "refused") == []
 
 
 def test_learning_again_refreshes_and_forgetting_closes(backend, wire):

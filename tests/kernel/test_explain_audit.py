@@ -25,7 +25,10 @@ SHUT = [
 LOUD = "NOTHING IS ENFORCED"
 
 
-@pytest.fixture(scope="module", params=["nftables", "xtables"])
+BACKENDS = ["nftables", "xtables"]
+
+
+@pytest.fixture(scope="module", params=BACKENDS)
 def place(request):
     with Lab() as lab:
         lab.dns.set("site.example", {"A": "203.0.113.7"}, ttl=60)
@@ -143,6 +146,19 @@ def test_it_ends_by_itself_on_time_though_the_warden_is_killed(box):
     wait_for(lambda: box.status()["mode"] == "enforce", 10)
     wait_for(lambda: not any(open_ones(box, OPENED)), 2)
     assert 2.9 < time.monotonic() - begin < 7
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_kernel_ends_it_when_nobody_else_can(lab, backend):
+    box = lab.box(policy="", env={"INITD_BACKEND": backend})
+    box.start()
+    box.fwctl("audit", "--for", "4s")
+    pids = box.pids()
+    for name in ("keeper", "warden"):
+        os.kill(pids[name], signal.SIGKILL)
+    assert open_ones(box, OPENED[::2]) == [True] * 2, "negative control: it goes on until then"
+    time.sleep(4)
+    assert not any(open_ones(box, OPENED[::2]))
 
 
 def test_a_box_may_start_in_it_and_can_leave_it(lab):

@@ -13,6 +13,7 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from ipaddress import ip_address, ip_network
+from math import inf
 from pathlib import Path
 
 import pytest
@@ -200,7 +201,7 @@ RICH = Ruleset(
 RULESETS = {
     "empty": Ruleset(WARDEN, log=False),
     "rich": RICH,
-    "audit": Ruleset(WARDEN, audit=True),
+    "audit": Ruleset(WARDEN, audit=inf),
 }
 
 
