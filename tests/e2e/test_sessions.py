@@ -62,6 +62,11 @@ def test_sessions_have_nothing(shared, command):
     dropped(shared.output(*command))
 
 
+def test_memory_that_runs_out_ends_a_session_first(shared):
+    kept, session = shared.output("cat", "/proc/1/oom_score_adj", "/proc/self/oom_score_adj").split()
+    assert int(session) == int(kept) + 100
+
+
 def test_without_the_shims_a_session_would_have_it_all(shared):
     """The negative control: the same exec by path, past the shims, is root with the container's capabilities."""
     found = parse(shared.output("/bin/cat", STATUS))
