@@ -3,10 +3,12 @@
 PYTHON  ?= /usr/bin/python3
 VENV    ?= .venv
 BIN     := $(VENV)/bin
-# What the product and the lab run on, and what the tests compare it with or drive it by.
+# Debian 12's own cargo is of 2022 and fetches its index with git; its cargo-web is a current one.
+CARGO   := $(shell . /etc/os-release; [ "$$VERSION_ID" = 12 ] && echo cargo-web || echo cargo)
+# What the product and the lab run on, what the tests compare it with or drive it by, and what people run in the box.
 RUNTIME := curl gcc iproute2 iptables libnftables1 nftables procps python3-dev python3-venv util-linux
-TESTS   := catatonit conntrack debootstrap dnsmasq-base docker.io dumb-init fish ipset iptables musl-tools nodejs strace tini \
-           zsh
+TESTS   := catatonit conntrack debootstrap dnsmasq-base docker.io dumb-init fish ipset iptables musl-tools strace tini zsh
+TOOLS   := $(CARGO) default-jdk-headless git golang-go
 REQUIRE ?=
 INTERACTIVE ?=
 
@@ -18,8 +20,8 @@ help:  ## show this list
 demo: setup  ## show the product at work, about 15 s (INTERACTIVE=1 ends in a shell in the box)
 	@INTERACTIVE=$(INTERACTIVE) $(BIN)/python -m tests.support.demo
 
-test: setup lint  ## run everything; without root what can be run (REQUIRE=all turns a skip into a failure)
-	@sh tests/support/packages.sh $(if $(REQUIRE),,--optional) $(TESTS)
+test: setup lint $(VENV)/.tools  ## run everything; without root what can be run (REQUIRE=all turns a skip into a failure)
+	@sh tests/support/packages.sh $(if $(REQUIRE),,--optional) $(TESTS) $(TOOLS)
 	$(BIN)/python -m pytest $(if $(REQUIRE),--require=$(REQUIRE))
 
 test-vm: setup  ## boot Debian 12's and 13's kernels and run the kernel tests there, about 15 min (docs/portability.md)
@@ -40,12 +42,18 @@ bench: setup  ## measure beside peers in one run; docs/benchmarks.md says how to
 	@sh tests/support/packages.sh $(TESTS)
 	$(BIN)/python -m bench
 
-docs: setup  ## write the generated pages again
+docs: setup $(VENV)/.tools  ## write the generated pages again
+	@sh tests/support/packages.sh $(TOOLS)
 	$(BIN)/python -m tests.support.fwctl_docs > docs/fwctl.md
 	$(BIN)/python -m tests.support.transcript
+	$(BIN)/python -m tests.support.tools_page
 
 setup: $(VENV)/.stamp  ## install what is missing: Debian packages, .venv
 	@sh tests/support/packages.sh $(RUNTIME)
+
+$(VENV)/.tools: $(VENV)/.stamp
+	@$(BIN)/pip install -qq --disable-pip-version-check --use-pep517 --editable '.[tools]'
+	@touch $@
 
 $(VENV)/.stamp: pyproject.toml
 	@sh tests/support/packages.sh $(RUNTIME)

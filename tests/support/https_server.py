@@ -1,6 +1,7 @@
 """Web, echo and download servers that answer on every address of the lab.
 
-Paths: `/` greets, `/drip?rate=N` sends N bytes a second for ever, `/bytes?n=N` sends N bytes, `/status/N` answers N.
+Paths: `/` greets, `/drip?rate=N` sends N bytes a second for ever, `/bytes?n=N` sends N bytes, `/status/N` answers N;
+what a test has put there is served on every host.
 Hosts `to--NAME` redirect to https://NAME/, hosts `wrong--…` show another name's certificate.
 The host api.github.com serves `/meta` in the manner that the test sets.
 """
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from tests.support.authority import Authority
 
 ANY = ("0.0.0.0", "::")
+HTTPS = (443, 4443)
 TCP_ECHO = (7, 22, 5000, 8443)
 UDP_ECHO = (7, 443, 5000)
 META_HOST = "api.github.com"
@@ -63,12 +65,13 @@ class Request(NamedTuple):
 
 
 class WebServer:
-    """HTTP on 80, HTTPS on 443 with a certificate for whatever name is asked for, echo on TCP_ECHO and UDP_ECHO."""
+    """HTTP on 80, HTTPS with a certificate for whatever name is asked for, echo on TCP_ECHO and UDP_ECHO."""
 
     def __init__(self, authority: Authority) -> None:
         self.authority = authority
         self.meta = Meta.GOOD
         self.meta_text = json.dumps(META)
+        self.files: dict[str, tuple[str, bytes]] = {}  # path: content type, content
         self.log: deque[Request] = deque(maxlen=100_000)
         self._keep: list[object] = []
 
@@ -77,7 +80,8 @@ class WebServer:
         context.sni_callback = self._choose
         loop = asyncio.get_running_loop()
         self._keep.append(await asyncio.start_server(self._http, ANY, 80, backlog=1024))
-        self._keep.append(await asyncio.start_server(self._http, ANY, 443, ssl=context, backlog=1024))
+        for port in HTTPS:
+            self._keep.append(await asyncio.start_server(self._http, ANY, port, ssl=context, backlog=1024))
         for port in TCP_ECHO:
             self._keep.append(await asyncio.start_server(_echo, ANY, port, backlog=512))
         for port in UDP_ECHO:
@@ -114,6 +118,9 @@ class WebServer:
             place = f"https://{host.removeprefix('to--')}/"
             writer.write(f"HTTP/1.1 302 Lab\r\nLocation: {place}\r\nContent-Length: 0\r\n\r\n".encode())
             await writer.drain()
+        elif parts.path in self.files:
+            kind, body = self.files[parts.path]
+            await _send(writer, 200, body, kind)
         elif parts.path == "/drip":
             await _drip(writer, float(query.get("rate", "1000")))
         elif parts.path == "/bytes":
@@ -137,8 +144,9 @@ class WebServer:
                 await _send(writer, 200, self.meta_text.encode())
 
 
-async def _send(writer: asyncio.StreamWriter, status: int, body: bytes) -> None:
-    writer.write(f"HTTP/1.1 {status} Lab\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body)
+async def _send(writer: asyncio.StreamWriter, status: int, body: bytes, kind: str = "text/plain") -> None:
+    head = f"HTTP/1.1 {status} Lab\r\nContent-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
+    writer.write(head.encode() + body)
     await writer.drain()
 
 

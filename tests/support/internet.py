@@ -84,6 +84,9 @@ class Internet:
         if text is not None:
             self.web.meta_text = text
 
+    def do_web_files(self, files: dict[str, tuple[str, str]]) -> None:
+        self.web.files = {path: (kind, text.encode("latin-1")) for path, (kind, text) in files.items()}
+
     def do_packets(self) -> list[tuple[Any, ...]]:
         return [astuple(packet) for packet in self.sniffer.packets()]
 

@@ -103,7 +103,7 @@ class Dns:
 
 
 class Web:
-    """The web servers' log, and what api.github.com/meta answers."""
+    """The web servers' log, what they serve, and what api.github.com/meta answers."""
 
     def __init__(self, remote: Remote) -> None:
         self._remote = remote
@@ -113,12 +113,19 @@ class Web:
         text = body if body is None or isinstance(body, str) else json.dumps(body)
         self._remote.ask("web.meta", mode=mode, text=text)
 
+    def files(self, files: Mapping[str, tuple[str, bytes]]) -> None:
+        """Serve these and no others: path to content type and content."""
+        self._remote.ask(
+            "web.files", files={path: (kind, data.decode("latin-1")) for path, (kind, data) in files.items()}
+        )
+
     def requests(self, host: str | None = None) -> list[Request]:
         logged = [Request(*item) for item in self._remote.ask("web.log")]
         return [request for request in logged if host is None or request.host == host]
 
     def reset(self) -> None:
         self.meta(Meta.GOOD, body=META)
+        self.files({})
 
 
 def packets(remote: Remote) -> list[Packet]:
