@@ -25,6 +25,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from tests.support.held import Held
+
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
@@ -107,6 +109,7 @@ def make_base(tarball: Path) -> None:
         return
     tarball.parent.mkdir(parents=True, exist_ok=True)
     root = Path(tempfile.mkdtemp(prefix="initd-base-", dir=tarball.parent))
+    root.chmod(0o755)  # it becomes the image's /
     try:
         run("debootstrap", "--variant=minbase", SUITE, root, mirror())
         for folder in SLIM:
@@ -130,7 +133,7 @@ class Engine:
 
     folder: Path = CACHE
     running: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="initd-engine-", dir="/run")))
-    holder: subprocess.Popen[bytes] | None = None
+    held: Held | None = None
     daemon: subprocess.Popen[bytes] | None = None
     network: str | None = None
     flags: tuple[str, ...] = ()
@@ -168,15 +171,7 @@ class Engine:
     def start(self, *flags: str, network: str | None = None) -> None:
         """Start the daemon, inside network namespace `network` or, without one, in the machine's, and wait for it."""
         self.network, self.flags = network, flags
-        if self.holder is None:
-            # The namespaces' PID 1: reaps, and takes everything with it; ends when this process does.
-            self.holder = subprocess.Popen(
-                [
-                    *("setpriv", "--pdeathsig", "KILL", "unshare", "--mount", "--pid", "--fork", "--kill-child"),
-                    *("--mount-proc", "sh", "-c", "while :; do sleep 3600 & wait; done"),
-                ],
-                stdin=subprocess.DEVNULL,
-            )
+        self.held = self.held or Held()
         self._launch()
 
     def restart(self, *, kill: bool = False) -> None:
@@ -187,10 +182,9 @@ class Engine:
     def stop(self) -> None:
         """End the daemon and, with its namespaces, whatever is left of it."""
         self._end_daemon(signal.SIGTERM)
-        if self.holder is not None:
-            self.holder.kill()
-            self.holder.wait()
-            self.holder = None
+        if self.held is not None:
+            self.held.close()
+            self.held = None
 
     def docker(self, *argv: str | Path, check: bool = True, **more: object) -> subprocess.CompletedProcess[str]:
         """Run the docker client against this engine."""
@@ -210,6 +204,7 @@ class Engine:
         if containers := self.docker("ps", "-aq").stdout.split():
             self.docker("rm", "-f", "-v", *containers)
         self.docker("network", "prune", "-f")
+        self.docker("image", "prune", "-f")  # what the builds before this one left; the build cache stays
         if volumes := self.docker("volume", "ls", "-q").stdout.split():
             self.docker("volume", "rm", "-f", *volumes)
 
@@ -220,15 +215,24 @@ class Engine:
         return ""
 
     def _launch(self) -> None:
-        inner = self._inner_pid()
-        enter = ["nsenter", f"--mount=/proc/{inner}/ns/mnt", f"--pid=/proc/{inner}/ns/pid"]
+        if self.held is None:
+            raise EngineError("not started")
         if self.network is None:
             reach = ["--bridge=none", "--iptables=false", "--ip6tables=false", "--ip-forward=false", "--ip-masq=false"]
         else:
-            enter.append(f"--net=/run/netns/{self.network}")
             reach = []
         command = [
-            *("setpriv", "--pdeathsig", "KILL", *enter, "dockerd", "--host", self.socket, *reach, *self.flags),
+            *(
+                "setpriv",
+                "--pdeathsig",
+                "KILL",
+                *self.held.enter(self.network),
+                "dockerd",
+                "--host",
+                self.socket,
+                *reach,
+                *self.flags,
+            ),
             *("--data-root", str(self.folder / "data"), "--exec-root", str(self.running / "exec")),
             *("--pidfile", str(self.running / "docker.pid"), "--cgroup-parent", f"/{CGROUPS}"),
         ]
@@ -240,19 +244,6 @@ class Engine:
             if self.daemon.poll() is not None or time.monotonic() > deadline:
                 raise EngineError(f"dockerd did not start\n{self.log()}")
             time.sleep(0.1)
-
-    def _inner_pid(self) -> int:
-        """The holder's child, PID 1 of the namespaces, as the machine sees it."""
-        if self.holder is None:
-            raise EngineError("not started")
-        children = Path(f"/proc/{self.holder.pid}/task/{self.holder.pid}/children")
-        deadline = time.monotonic() + 10
-        while time.monotonic() < deadline:
-            for child in children.read_text().split():
-                if Path(f"/proc/{child}/comm").read_text() == "sh\n":  # after --mount-proc, not before
-                    return int(child)
-            time.sleep(0.02)
-        raise EngineError("the engine's namespaces did not come up")
 
     def _end_daemon(self, how: signal.Signals) -> None:
         """Signal dockerd itself: the process started here is nsenter, which only waits for it."""
@@ -275,9 +266,9 @@ def client() -> str:
     return "/usr/bin/docker" if Path("/usr/bin/docker").exists() else "docker"
 
 
-def remove_cgroups() -> None:
+def remove_cgroups(name: str = CGROUPS) -> None:
     """Remove the empty cgroups that a killed engine leaves."""
-    for top in (*Path("/sys/fs/cgroup").glob(CGROUPS), *Path("/sys/fs/cgroup").glob(f"*/{CGROUPS}")):
+    for top in (*Path("/sys/fs/cgroup").glob(name), *Path("/sys/fs/cgroup").glob(f"*/{name}")):
         for folder in sorted((top, *(path for path in top.rglob("*") if path.is_dir())), reverse=True):
             with contextlib.suppress(OSError):
                 folder.rmdir()
