@@ -7,7 +7,8 @@ BIN     := $(VENV)/bin
 CARGO   := $(shell . /etc/os-release; [ "$$VERSION_ID" = 12 ] && echo cargo-web || echo cargo)
 # What the product and the lab run on, what the tests compare it with or drive it by, and what people run in the box.
 RUNTIME := curl gcc iproute2 iptables libnftables1 nftables procps python3-dev python3-venv util-linux
-TESTS   := catatonit conntrack debootstrap dnsmasq-base docker.io dumb-init fish ipset iptables musl-tools strace tini zsh
+TESTS   := catatonit conntrack debootstrap dnsmasq-base docker.io dumb-init fish ipset iptables musl-tools netavark podman \
+           slirp4netns strace tini uidmap zsh
 TOOLS   := $(CARGO) default-jdk-headless git golang-go
 REQUIRE ?=
 INTERACTIVE ?=

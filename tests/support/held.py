@@ -1,4 +1,4 @@
-"""Mount and PID namespaces of their own for a daemon or a tool: ending one process ends and unmounts everything in them."""
+"""Mount and PID namespaces for a daemon or a tool: ending one process ends and unmounts everything in them."""
 
 from __future__ import annotations
 
