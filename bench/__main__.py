@@ -15,7 +15,8 @@ INTRO = """\
 # Benchmarks
 
 Written by `make bench`; nothing here is typed by hand. Each figure is a median of several runs, and each comparison was
-made in one run on one machine. Machines differ and are shared: look at the ratios first.
+made in one run on one machine. Machines differ and are shared: look at the ratios first. Half an hour under load,
+with what it cost in memory, is in [soak.md](soak.md).
 
 Measured {date} on Linux {kernel}, {machine}, Python {python}.
 """
