@@ -156,7 +156,6 @@ class Live:
                 self.audit = None
                 with contextlib.suppress(OSError):
                     audit.note(path, None)
-                self.now = replace(self.in_force, ruleset=NEVER)
                 await self._put(self.in_force.loaded, self.parts.enforcer.enforce)
                 if isinstance(error, OSError):
                     raise EnforcementError(f"{path} cannot be written: {error.strerror}") from error
@@ -178,7 +177,12 @@ class Live:
                     hint="ask a person to run `docker compose exec claude fwctl reload` from the host",
                 )
             change = changes(old, policy)
-            closed = await self._put(loaded, self.parts.enforcer.enforce)
+            try:
+                closed = await self._put(loaded, self.parts.enforcer.enforce)
+            except InitdError:
+                with contextlib.suppress(InitdError):  # else `recheck` does it
+                    await self._put(self.in_force.loaded, self.parts.enforcer.enforce)
+                raise
             # Before anybody is told: a warden that is killed now must not bring the old policy back.
             await self._try_to_write_down()
             fresh = set(literal_names(policy)) - set(literal_names(old))
@@ -216,9 +220,10 @@ class Live:
         """Whether the kernel still holds what was written; otherwise say what differs and write it again."""
         async with self._changing:
             differs = await self.in_worker(self.parts.enforcer.recheck)
-        if differs:
-            self.parts.log.error("rules.changed", by="somebody else", differs="; ".join(differs[:10]))
-            await self.refresh()
+            if differs:
+                self.parts.log.error("rules.changed", by="somebody else", differs="; ".join(differs[:10]))
+                self.now = replace(self.in_force, ruleset=NEVER)
+                await self._put(self.in_force.loaded, self.parts.enforcer.enforce)
         return not differs
 
     async def resolve(self, names: Iterable[str], *, within: float) -> Resolution:
@@ -234,7 +239,12 @@ class Live:
         ruleset = self._compile(policy)
         if self.now is None or ruleset != self.now.ruleset:
             started = time.monotonic()
-            await self.in_worker(enforce, ruleset)
+            try:
+                await self.in_worker(enforce, ruleset)
+            except BaseException:
+                if self.now is not None:
+                    self.now = replace(self.now, ruleset=NEVER)  # nobody knows how far it came
+                raise
             self.parts.log.info(
                 "rules.applied",
                 backend=self.parts.backend.name,
