@@ -123,6 +123,17 @@ def test_the_launcher_leaves_no_signal_blocked(box):
     assert one.stdout.split()[1] == "0" * 16
 
 
+def test_a_stderr_that_nobody_reads_is_no_signal_to_the_command(box):
+    """The kernel tells PID 1 of its own broken pipe; forwarded, that would end the command."""
+    deaf = "exec 2> >(exec true); sleep 0.3"
+    one = box().start("sh", "-c", "sleep 1; exit 7", setup=deaf, wait=False)
+    assert one.wait() == 7
+    one = box().start("tail", "-f", "/dev/null", setup=deaf, wait=False)
+    assert eventually(lambda: one.named("tail"))
+    one.kill(signal.SIGPIPE)
+    assert one.wait() == 128 + signal.SIGPIPE, "the engine's own is passed on"
+
+
 def test_group_option_signals_the_whole_group(box):
     script = "trap 'touch $OUT/child; exit' USR1; touch $OUT/up; while :; do sleep 0.05; done"
     for options, expected in ((["-g"], True), ([], False)):
