@@ -93,7 +93,7 @@ class DnsGuard:
         self._options = options
         self._terms = options.terms
         self._log = log
-        self._upstreams = Upstreams(upstreams, within=options.answer_within, concurrency=options.concurrency, log=log)
+        self._upstreams = Upstreams(upstreams, options, log=log, loud=self._loud)
         self._cache = Cache(options.cache)
         self._judged: dict[bytes, Judged] = {}
         self._generation = 0

@@ -365,6 +365,14 @@ class TestUpstream:
             assert got.seconds < 0.5
 
     @scenario
+    async def test_a_server_that_is_not_there_does_not_let_clients_fill_the_log(self):
+        async with guarded() as lab:
+            lab.guard.set_upstreams([Endpoint(ip_address("127.0.0.1"), 1)])
+            for number in range(100):
+                assert (await lab.ask(f"n{number}.wild.example")).rcode == "SERVFAIL"
+            assert 0 < len(lab.log.named("dns.upstream.unreachable")) < 40
+
+    @scenario
     async def test_a_slow_server_is_still_heard(self):
         async with guarded() as lab:
             lab.upstream.delay = 1.5
