@@ -83,6 +83,7 @@ class ResolvConf:
         if not found:
             kept = [_address(text) for text in saved]
             found = tuple(Endpoint(address) for address in kept if address is not None and address not in OURS)
+            self._original += "" if self._original.endswith("\n") else "\n"
             self._original += "".join(f"nameserver {endpoint.address}\n" for endpoint in found)
         if not found:
             raise ConfigError(

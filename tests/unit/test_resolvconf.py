@@ -120,6 +120,12 @@ def test_saved_servers_are_used_when_the_file_has_none(make):
     assert path.read_text() == "search x\nnameserver 203.0.113.8\n"
 
 
+def test_a_last_line_without_an_end_is_not_grown(make):
+    path, conf = make("search x", saved=("203.0.113.8",))
+    conf.restore()
+    assert path.read_text() == "search x\nnameserver 203.0.113.8\n"
+
+
 def test_no_server_at_all_is_an_error_with_a_hint(make):
     with pytest.raises(ConfigError) as caught:
         make("search x\n")
