@@ -6,7 +6,7 @@ import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from initd import metrics
+from initd import feeds, metrics
 from initd.kernel import conntrack
 from initd.published import replace
 from initd.resolve import sweep_pause
@@ -49,13 +49,15 @@ class Upkeep:
         self._keeping = keeping
         self._operations = operations
         self._written: object = None
+        self._upstreams = resolv.upstreams  # those that rules and guard have been told of
 
     async def run(self, feed: GithubFeed) -> None:
         """Do them all until told to stop. A duty that fails says so and is tried again at its next turn."""
         duties = [
-            asyncio.create_task(feed.keep()),
+            asyncio.create_task(self._every(feeds.RETRY, feed.keep)),
             asyncio.create_task(self._every(HEARTBEAT, self._heartbeat)),
             asyncio.create_task(self._every(sweep_pause(self._settings), self._sweep)),
+            asyncio.create_task(self._every(sweep_pause(self._settings), self._resolvers)),
             asyncio.create_task(self._every(SAVE, self._save)),
             asyncio.create_task(self._every(SAVE, self._record)),
             asyncio.create_task(self._every(RECHECK, self._recheck, first=RECHECK)),
@@ -88,10 +90,15 @@ class Upkeep:
     async def _sweep(self) -> None:
         in_use = await self._live.in_worker(conntrack.destinations)
         self._live.parts.guard.sweep({address for address, _, _ in in_use})
-        if (upstreams := self._resolv.check()) is not None:
+
+    async def _resolvers(self) -> None:
+        """Follow resolv.conf; a change that could not be put into force is tried again at the next turn."""
+        self._resolv.check()
+        if (upstreams := self._resolv.upstreams) != self._upstreams:
             self._live.upstreams = frozenset(upstreams)
             await self._live.refresh()  # the rules first: the guard must not ask where it may not go
             self._live.parts.guard.set_upstreams(upstreams)
+            self._upstreams = upstreams
 
     async def _end_audit(self) -> None:
         await self._live.audit_is_over()
