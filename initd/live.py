@@ -103,6 +103,7 @@ class Live:
         self._changing = asyncio.Lock()
         self._writing = asyncio.Lock()
         self._audit_changed = asyncio.Event()
+        self._forgetful = False
         self._options: GuardOptions | None = None
         # python-iptables must not be entered twice, and pyroute2's sync sockets not from a running loop.
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="netfilter")
@@ -184,7 +185,7 @@ class Live:
                     await self._put(self.in_force.loaded, self.parts.enforcer.enforce)
                 raise
             # Before anybody is told: a warden that is killed now must not bring the old policy back.
-            await self._try_to_write_down()
+            await self.try_to_write_down()
             fresh = set(literal_names(policy)) - set(literal_names(old))
             resolution = await self.resolve(fresh, within=within)
             self.last_reload = Reloaded(
@@ -204,17 +205,31 @@ class Live:
         return self.last_reload
 
     async def write_down(self) -> None:
-        """Save what is in force, for people and for the next warden. Raises OSError."""
+        """Save what is in force, for people, the next warden and the next start. Raises OSError.
+
+        The next start can do without: a session may have filled the disk that holds its copy.
+        """
+        settings = self.parts.settings
         async with self._writing:  # what was gathered later must not be overtaken by what was gathered earlier
             document = memory.remember(self, now=time.time())
-            for directory in (self.parts.settings.run_dir, self.parts.settings.state_dir):
-                await asyncio.to_thread(memory.save, document, directory / memory.FILE)
+            await asyncio.to_thread(memory.save, document, settings.run_dir / memory.FILE)
+            try:
+                await asyncio.to_thread(memory.save, document, settings.state_dir / memory.FILE)
+            except OSError as error:
+                if not self._forgetful:
+                    self.parts.log.warning(
+                        "state.unsaved", reason=str(error), effect="the next start remembers nothing"
+                    )
+                self._forgetful = True
+            else:
+                self._forgetful = False
 
-    async def _try_to_write_down(self) -> None:
+    async def try_to_write_down(self) -> None:
+        """The same with a warning for an error."""
         try:
             await self.write_down()
         except OSError as error:
-            self.parts.log.warning("state.unsaved", reason=str(error), effect="a restart forgets this reload")
+            self.parts.log.warning("state.unsaved", reason=str(error), effect="a restart of the warden forgets this")
 
     async def recheck(self) -> bool:
         """Whether the kernel still holds what was written; otherwise say what differs and write it again."""

@@ -152,9 +152,9 @@ class Recorder:
         rows = self.ring.after(self._written)[-WRITTEN_AT_ONCE:]
         if not rows:
             return
-        self._written = self.ring.number
         text = "".join(json.dumps(row.as_dict(), separators=(",", ":")) + "\n" for row in rows)
         append(self._path, text)
+        self._written = self.ring.number
 
     def _note(self, event: Event) -> None:
         row = self.ring.add(event, time.time())

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from initd import feeds, metrics
+from initd.errors import InitdError
 from initd.kernel import conntrack
 from initd.published import replace
 from initd.resolve import sweep_pause
@@ -70,15 +71,21 @@ class Upkeep:
             for duty in duties:
                 duty.cancel()
             await asyncio.gather(*duties, return_exceptions=True)
-        await self._save()
+        await self._live.try_to_write_down()
 
     async def _every(self, seconds: float, duty: Callable[[], Awaitable[None]], *, first: float = 0.0) -> None:
+        """`duty` for ever. What fails in the same way again is not told again: it may be a full disk."""
+        told = ""
         await asyncio.sleep(first)
         while True:
             try:
                 await duty()
-            except Exception:
-                self._live.parts.log.exception("upkeep.failed", duty=duty.__name__)
+                told = ""
+            except Exception as error:  # noqa: BLE001 - one failure must not end a duty
+                if repr(error) != told:
+                    log, known = self._live.parts.log, isinstance(error, (InitdError, OSError))
+                    (log.warning if known else log.exception)("upkeep.failed", duty=duty.__name__, reason=str(error))
+                told = repr(error)
             await asyncio.sleep(seconds)
 
     async def _recheck(self) -> None:
