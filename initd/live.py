@@ -100,6 +100,7 @@ class Live:
         self.now: InForce | None = None
         self.last_reload: Reloaded | None = None
         self.audit: Audit | None = None
+        self.unwritten: str | None = None
         self._changing = asyncio.Lock()
         self._writing = asyncio.Lock()
         self._audit_changed = asyncio.Event()
@@ -225,10 +226,12 @@ class Live:
                 self._forgetful = False
 
     async def try_to_write_down(self) -> None:
-        """The same with a warning for an error."""
+        """The same with a warning for an error, which `unwritten` then names."""
+        self.unwritten = None
         try:
             await self.write_down()
         except OSError as error:
+            self.unwritten = str(error)
             self.parts.log.warning("state.unsaved", reason=str(error), effect="a restart of the warden forgets this")
 
     async def recheck(self) -> bool:

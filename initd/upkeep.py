@@ -126,4 +126,5 @@ class Upkeep:
         if mark == self._written:
             return
         await live.write_down()
+        live.unwritten = None
         self._written = mark

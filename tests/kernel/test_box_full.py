@@ -71,6 +71,10 @@ def test_a_warden_comes_back_although_it_cannot_write(lab: Lab, backend: str) ->
     enter = ["nsenter", f"--target={box.pid}", "--mount", "mount"]
     subprocess.run([*enter, "--bind", "/run/initd", "/run/initd"], check=True)
     subprocess.run([*enter, "-o", "remount,bind,ro", "/run/initd"], check=True)
+    box.write_policy("four.example\n")
+    assert "restart of the warden undoes the reload" in box.fwctl("reload").stdout
+    box.write_policy("site.example\n")
+    box.fwctl("reload")
     kill_warden(box)
     until = time.monotonic() + 5
     while not told(box, "warden.armed")[1:] and time.monotonic() < until:
