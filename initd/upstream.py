@@ -135,7 +135,6 @@ class Upstreams:
         self._tasks: set[asyncio.Task[None]] = set()
         self._latencies: deque[float] = deque(maxlen=2048)
         self.servers: list[Server] = []
-        self.ignored = 0
         self.set_endpoints(endpoints)
 
     def set_endpoints(self, endpoints: Iterable[Endpoint]) -> None:
@@ -261,7 +260,6 @@ class Upstreams:
         except wire.Malformed:
             answer = None
         if answer is None:
-            self.ignored += 1
             if attempt.server.mixed_case and wire.echoes(data, attempt.asked):
                 # Not believed: asked again without mixed case, under a new id and port.
                 attempt.server.mixed_case = False
