@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from initd.core import messages
-from initd.errors import InitdError
+from initd.errors import ConfigError, InitdError
 
 TIMEOUT = 60.0
 """Seconds that the warden may take for one answer; a reload resolves names, a verification waits for time-outs."""
@@ -30,12 +30,16 @@ def ask(op: str, **fields: Any) -> dict[str, Any]:
     """One request to the warden. Raises UnavailableError, or the error that the warden answered with."""
     path = run_dir() / "control.sock"
     try:
+        request = messages.request(op, **fields)
+    except messages.ProtocolError as error:
+        raise ConfigError(str(error)) from error
+    try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
             sock.settimeout(TIMEOUT)
             sock.connect(str(path))
-            sock.sendall(messages.request(op, **fields))
+            sock.sendall(request)
             with sock.makefile("rb") as lines:
-                line = lines.readline(messages.MAX_MESSAGE + 1)
+                line = lines.readline(messages.MAX_ANSWER + 1)
         answer = json.loads(line)
     except (FileNotFoundError, ConnectionRefusedError) as error:
         raise UnavailableError(f"no box is running here ({path})", hint=_why_not(path.parent)) from error
