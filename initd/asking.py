@@ -48,7 +48,9 @@ def ask(op: str, **fields: Any) -> dict[str, Any]:
         raise UnavailableError(f"the warden did not answer within {TIMEOUT:.0f} s", hint=hint) from error
     except (OSError, ValueError) as error:
         hint = _restarting(path.parent) or "it may be restarting: try again, and see the box's log"
-        raise UnavailableError(f"the warden closed the connection: {error}", hint=hint) from error
+        ended = isinstance(error, (ConnectionError, ValueError))
+        reason = "it closed the connection" if ended else str(error)
+        raise UnavailableError(f"no answer from the warden: {reason}", hint=hint) from error
     if answer["ok"]:
         return dict(answer["result"])
     failure = InitdError(answer["error"]["message"], hint=answer["error"]["hint"])

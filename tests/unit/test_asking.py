@@ -46,6 +46,7 @@ def test_without_it_the_hint_is_a_guess(dying: Path) -> None:
         ask("status")
     assert caught.value.hint is not None
     assert "may be restarting" in caught.value.hint
+    assert caught.value.message == "no answer from the warden: it closed the connection"
 
 
 def test_no_box_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
