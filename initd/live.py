@@ -87,7 +87,7 @@ class Reloaded:
     closed: tuple[str, ...]
     failed: dict[str, str]
     seconds: float
-    at: float = field(default_factory=time.time)
+    at: float = field(default_factory=time.monotonic)
 
 
 class Live:

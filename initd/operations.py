@@ -113,7 +113,7 @@ class Operations:
             "refusals": self.recorder.summary(time.time()),
             "last_reload": last
             and {
-                "ago": round(time.time() - last.at, 1),
+                "ago": round(time.monotonic() - last.at, 1),
                 "added": len(last.added),
                 "removed": len(last.removed),
                 "closed": len(last.closed),
