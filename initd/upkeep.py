@@ -26,7 +26,8 @@ HEARTBEAT = 5.0
 """Seconds between signs of life; the keeper waits for four of them."""
 
 AUDIT = 0.5
-"""Seconds until another try when audit mode could not be ended; the kernel has ended it anyway (`Ruleset.audit`)."""
+"""Seconds until the next end of audit mode is waited for. One that failed is made up for by `_recheck`; the kernel has
+ended it anyway (`Ruleset.audit`)."""
 
 METRICS = 15.0
 """Seconds between two writings of the metrics file: Prometheus' usual scrape interval."""
