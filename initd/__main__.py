@@ -9,10 +9,6 @@ from __future__ import annotations
 import sys
 from _signal import SIG_BLOCK, pthread_sigmask, valid_signals  # type: ignore[import-not-found]  # `signal` costs 5 ms of enum
 
-TYPE_CHECKING = False  # `typing` costs 4 ms
-if TYPE_CHECKING:
-    from initd.errors import InitdError
-
 USAGE = """\
 usage: initd [options] [-- command [argument ...]]
 
@@ -47,7 +43,7 @@ def main() -> int:
     try:
         return _internal(argv) if argv[:1] and argv[0] in INTERNAL else _first(argv, {int(n) for n in mask})
     except InitdError as error:
-        _complain(error)
+        error.tell()
         return error.code
 
 
@@ -103,11 +99,6 @@ def _first(argv: list[str], mask: set[int]) -> int:
 def _usage(problem: str) -> int:
     sys.stderr.write(f"initd: {problem}; see initd --help\n")
     return EX_USAGE
-
-
-def _complain(error: InitdError) -> None:
-    sys.stderr.write(f"initd: {error}\n")
-    sys.stderr.flush()
 
 
 if __name__ == "__main__":

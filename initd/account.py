@@ -12,6 +12,7 @@ import os
 import stat
 
 from initd import drop
+from initd.errors import PrivilegeError
 from initd.files import mount_points
 
 TYPE_CHECKING = False
@@ -25,17 +26,24 @@ CAP_CHOWN = 0
 
 
 def follow(uid: int, gid: int, *, mark: str = MARK, passwd: str = PASSWD, group: str = GROUP) -> None:
-    """Make passwd, group and the account's folders say uid:gid. PrivilegeError (77) without CHOWN; OSError."""
+    """Make passwd, group and the account's folders say uid:gid. PrivilegeError (77) when that cannot be done."""
     try:
         with open(mark, encoding="utf-8") as file:
             name, *folders = file.read().split()
     except FileNotFoundError:
         return
-    _rewrite(group, name, {2: str(gid)}, unless=str(gid))
-    _rewrite(passwd, name, {2: str(uid), 3: str(gid)})
-    mounts = mount_points(MOUNTS)  # what is mounted inside a folder belongs to somebody else
-    for folder in folders:
-        _hand_over(folder, (uid, gid), mounts)
+    try:
+        _rewrite(group, name, {2: str(gid)}, unless=str(gid))
+        _rewrite(passwd, name, {2: str(uid), 3: str(gid)})
+        mounts = mount_points(MOUNTS)  # what is mounted inside a folder belongs to somebody else
+        for folder in folders:
+            _hand_over(folder, (uid, gid), mounts)
+    except OSError as error:
+        raise PrivilegeError(
+            f"{name} cannot become {uid}:{gid}: {error}",
+            hint="it needs room on the disk and a root file system that is not read-only; or build the image with "
+            "these numbers",
+        ) from error
 
 
 def _rewrite(path: str, name: str, fields: dict[int, str], *, unless: str | None = None) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from initd.core import messages
-from initd.errors import InitdError
+from initd.errors import ConfigError, InitdError
 
 TIMEOUT = 60.0
 """Seconds that the warden may take for one answer; a reload resolves names, a verification waits for time-outs."""
@@ -30,12 +30,16 @@ def ask(op: str, **fields: Any) -> dict[str, Any]:
     """One request to the warden. Raises UnavailableError, or the error that the warden answered with."""
     path = run_dir() / "control.sock"
     try:
+        request = messages.request(op, **fields)
+    except messages.ProtocolError as error:
+        raise ConfigError(str(error)) from error
+    try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
             sock.settimeout(TIMEOUT)
             sock.connect(str(path))
-            sock.sendall(messages.request(op, **fields))
+            sock.sendall(request)
             with sock.makefile("rb") as lines:
-                line = lines.readline(messages.MAX_MESSAGE + 1)
+                line = lines.readline(messages.MAX_ANSWER + 1)
         answer = json.loads(line)
     except (FileNotFoundError, ConnectionRefusedError) as error:
         raise UnavailableError(f"no box is running here ({path})", hint=_why_not(path.parent)) from error
@@ -44,7 +48,9 @@ def ask(op: str, **fields: Any) -> dict[str, Any]:
         raise UnavailableError(f"the warden did not answer within {TIMEOUT:.0f} s", hint=hint) from error
     except (OSError, ValueError) as error:
         hint = _restarting(path.parent) or "it may be restarting: try again, and see the box's log"
-        raise UnavailableError(f"the warden closed the connection: {error}", hint=hint) from error
+        ended = isinstance(error, (ConnectionError, ValueError))
+        reason = "it closed the connection" if ended else str(error)
+        raise UnavailableError(f"no answer from the warden: {reason}", hint=hint) from error
     if answer["ok"]:
         return dict(answer["result"])
     failure = InitdError(answer["error"]["message"], hint=answer["error"]["hint"])

@@ -13,6 +13,8 @@ import os
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from initd.published import replace
+
 if TYPE_CHECKING:
     from pathlib import Path
 
@@ -61,10 +63,7 @@ def begin(settings: Settings, *, resuming: bool, now: float) -> Audit | None:
 
 def note(path: Path, audit: Audit | None) -> None:
     """Write down what holds from now on. Raises OSError."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps({"audit": audit is not None, "until": audit and audit.until}), encoding="ascii")
-    temporary.chmod(0o644)
-    temporary.replace(path)
+    replace(path, json.dumps({"audit": audit is not None, "until": audit and audit.until}))
 
 
 def _read(path: Path, now: float) -> Audit | None:

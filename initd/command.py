@@ -89,7 +89,8 @@ def _exec(argv: list[str], environ: dict[str, str]) -> int:
 
 
 def _complain(name: str, reason: str, code: int) -> int:
-    os.write(2, f"initd: {name}: {reason}\n".encode(errors="replace"))
+    with contextlib.suppress(OSError):  # a full pipe that does not block
+        os.write(2, f"initd: {name}: {reason}\n".encode(errors="replace"))
     return code
 
 

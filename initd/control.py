@@ -67,9 +67,10 @@ class Control:
         except (ConnectionError, TimeoutError):
             pass
         finally:
-            self._open[peer.uid] -= 1
             with contextlib.suppress(ConnectionError, TimeoutError):
                 await asyncio.wait_for(_close(writer), IDLE_SECONDS)
+            writer.transport.abort()  # close() waits for ever for a peer that does not read; nothing when it is closed
+            self._open[peer.uid] -= 1
 
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, peer: Peer) -> None:
         while True:

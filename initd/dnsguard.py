@@ -93,12 +93,11 @@ class DnsGuard:
         self._options = options
         self._terms = options.terms
         self._log = log
-        self._upstreams = Upstreams(upstreams, within=options.answer_within, concurrency=options.concurrency, log=log)
+        self._upstreams = Upstreams(upstreams, options, log=log, loud=self._loud)
         self._cache = Cache(options.cache)
         self._judged: dict[bytes, Judged] = {}
         self._generation = 0
         self._pending: dict[Key, list[Callable[[Outcome], None]]] = {}
-        self._fresh: dict[object, Throttle] = {}
         self._doors = Doors()
         self._refresher = Refresher(self._refresh, options.terms)
         self._refreshing: asyncio.Task[None] | None = None
@@ -134,7 +133,6 @@ class DnsGuard:
             self._options = options
             self._cache.clear()
         self._judged.clear()
-        self._fresh.clear()
         self._generation += 1
         self._upstreams.withdraw(lambda name: self._judge(name).fate not in _ASKED)
         self._take_hosts()
@@ -269,23 +267,10 @@ class DnsGuard:
                 return Failure("overload")
             waiting.append(wait)
             return None
-        if not self._may_ask(judged, now):
-            return Failure("overload")
         self._counts.forwarded += 1
         self._pending[key] = [wait]
         self._upstreams.ask(Question(*key, partial(self._arrived, key)))
         return None
-
-    def _may_ask(self, judged: Judged, now: float) -> bool:
-        """Whether the bound on never-seen names below one wildcard, if there is one, leaves room."""
-        rate = self._options.new_names
-        if not rate or judged.decision.literal or self.leases.addresses_of(judged.name):
-            return True
-        key = judged.decision.origins
-        bucket = self._fresh.get(key)
-        if bucket is None:
-            bucket = self._fresh[key] = Throttle(rate / 60, rate)
-        return bucket.allows(now)
 
     def _arrived(self, key: Key, answer: wire.Answer | None, reason: str) -> None:
         outcome: Outcome = Failure("bug")

@@ -41,7 +41,6 @@ class DatagramPort:
         sock.setblocking(False)
         self._sock = sock
         self._answer = answer
-        self.unsent = 0
         asyncio.get_running_loop().add_reader(sock.fileno(), self._readable)
 
     def close(self) -> None:
@@ -53,7 +52,7 @@ class DatagramPort:
         try:
             self._sock.sendto(data, peer)
         except OSError:
-            self.unsent += 1
+            return
 
     def _readable(self) -> None:
         receive, answer = self._sock.recvfrom, self._answer

@@ -5,6 +5,8 @@ Exit codes follow sysexits.h so that `docker compose` shows something a person c
 
 from __future__ import annotations
 
+import os
+
 
 class InitdError(Exception):
     """Anything that stops us. `code` is the process exit code, `hint` the next thing to try."""
@@ -18,6 +20,13 @@ class InitdError(Exception):
 
     def __str__(self) -> str:
         return self.message if self.hint is None else f"{self.message}\nhint: {self.hint}"
+
+    def tell(self) -> None:
+        """Write it to stderr; where nobody reads that, the exit code has to do."""
+        try:
+            os.write(2, f"initd: {self}\n".encode(errors="replace"))
+        except OSError:
+            return
 
 
 class ConfigError(InitdError):

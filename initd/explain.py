@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import asdict
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from initd.core.membership import Membership
     from initd.core.policy import Lookup, Origin
     from initd.core.ruleset import IPAddress
+
+_PORT = re.compile("[0-9]{0,5}")
 
 REASONS = {
     Verdict.DENIED: "an exception line says never",
@@ -45,7 +48,7 @@ def parse_target(target: str) -> tuple[str, Service]:
         port = port.removeprefix(":")
     elif rest.count(":") == 1:
         host, _, port = rest.partition(":")
-    if proto not in {"", "tcp", "udp"} or not host or (port and not port.isdecimal()):
+    if proto not in {"", "tcp", "udp"} or not host or not _PORT.fullmatch(port):
         raise ConfigError(
             f"{target!r} is not HOST[:PORT]", hint="for example github.com:443, [2001:db8::1]:22, db:53/udp"
         )

@@ -1,4 +1,4 @@
-"""One log line for the processes that must stay small: PID 1 and the keeper.
+"""One log line for the processes that must stay small: PID 1 and the keeper; and how every line of ours is written.
 
 The shape is the warden's (`timestamp`, `level`, `event`, then fields), one JSON object a line, or one line of text
 when stderr is a terminal. A line never blocks its writer: when nobody drains the pipe, it is lost.
@@ -30,11 +30,16 @@ def configure(environ: Mapping[str, str]) -> None:
 
 def say(level: str, event: str, **fields: object) -> None:
     """Write one line to stderr, or lose it when stderr is full or closed."""
-    if _LEVELS.index(level) < _LEVELS.index(_wanted["level"]):
-        return
+    if _LEVELS.index(level) >= _LEVELS.index(_wanted["level"]):
+        put(_line(level, event, fields))
+
+
+def put(text: str) -> None:
+    """Write to stderr as much as it takes at once."""
+    data = text.encode("utf-8", "replace")
     try:
-        if _ready():
-            os.write(2, _line(level, event, fields).encode("utf-8", "replace")[:_LIMIT])
+        while data and _ready():
+            data = data[os.write(2, data[:_LIMIT]) :]
     except OSError:
         return
 

@@ -87,7 +87,7 @@ class Reloaded:
     closed: tuple[str, ...]
     failed: dict[str, str]
     seconds: float
-    at: float = field(default_factory=time.time)
+    at: float = field(default_factory=time.monotonic)
 
 
 class Live:
@@ -100,9 +100,11 @@ class Live:
         self.now: InForce | None = None
         self.last_reload: Reloaded | None = None
         self.audit: Audit | None = None
+        self.unwritten: str | None = None
         self._changing = asyncio.Lock()
         self._writing = asyncio.Lock()
         self._audit_changed = asyncio.Event()
+        self._forgetful = False
         self._options: GuardOptions | None = None
         # python-iptables must not be entered twice, and pyroute2's sync sockets not from a running loop.
         self._worker = ThreadPoolExecutor(max_workers=1, thread_name_prefix="netfilter")
@@ -156,7 +158,6 @@ class Live:
                 self.audit = None
                 with contextlib.suppress(OSError):
                     audit.note(path, None)
-                self.now = replace(self.in_force, ruleset=NEVER)
                 await self._put(self.in_force.loaded, self.parts.enforcer.enforce)
                 if isinstance(error, OSError):
                     raise EnforcementError(f"{path} cannot be written: {error.strerror}") from error
@@ -178,9 +179,14 @@ class Live:
                     hint="ask a person to run `docker compose exec claude fwctl reload` from the host",
                 )
             change = changes(old, policy)
-            closed = await self._put(loaded, self.parts.enforcer.enforce)
+            try:
+                closed = await self._put(loaded, self.parts.enforcer.enforce)
+            except InitdError:
+                with contextlib.suppress(InitdError):  # else `recheck` does it
+                    await self._put(self.in_force.loaded, self.parts.enforcer.enforce)
+                raise
             # Before anybody is told: a warden that is killed now must not bring the old policy back.
-            await self._try_to_write_down()
+            await self.try_to_write_down()
             fresh = set(literal_names(policy)) - set(literal_names(old))
             resolution = await self.resolve(fresh, within=within)
             self.last_reload = Reloaded(
@@ -200,25 +206,42 @@ class Live:
         return self.last_reload
 
     async def write_down(self) -> None:
-        """Save what is in force, for people and for the next warden. Raises OSError."""
+        """Save what is in force, for people, the next warden and the next start. Raises OSError.
+
+        The next start can do without: a session may have filled the disk that holds its copy.
+        """
+        settings = self.parts.settings
         async with self._writing:  # what was gathered later must not be overtaken by what was gathered earlier
             document = memory.remember(self, now=time.time())
-            for directory in (self.parts.settings.run_dir, self.parts.settings.state_dir):
-                await asyncio.to_thread(memory.save, document, directory / memory.FILE)
+            await asyncio.to_thread(memory.save, document, settings.run_dir / memory.FILE)
+            try:
+                await asyncio.to_thread(memory.save, document, settings.state_dir / memory.FILE)
+            except OSError as error:
+                if not self._forgetful:
+                    self.parts.log.warning(
+                        "state.unsaved", reason=str(error), effect="the next start remembers nothing"
+                    )
+                self._forgetful = True
+            else:
+                self._forgetful = False
 
-    async def _try_to_write_down(self) -> None:
+    async def try_to_write_down(self) -> None:
+        """The same with a warning for an error, which `unwritten` then names."""
+        self.unwritten = None
         try:
             await self.write_down()
         except OSError as error:
-            self.parts.log.warning("state.unsaved", reason=str(error), effect="a restart forgets this reload")
+            self.unwritten = str(error)
+            self.parts.log.warning("state.unsaved", reason=str(error), effect="a restart of the warden forgets this")
 
     async def recheck(self) -> bool:
         """Whether the kernel still holds what was written; otherwise say what differs and write it again."""
         async with self._changing:
             differs = await self.in_worker(self.parts.enforcer.recheck)
-        if differs:
-            self.parts.log.error("rules.changed", by="somebody else", differs="; ".join(differs[:10]))
-            await self.refresh()
+            if differs:
+                self.parts.log.error("rules.changed", by="somebody else", differs="; ".join(differs[:10]))
+                self.now = replace(self.in_force, ruleset=NEVER)
+                await self._put(self.in_force.loaded, self.parts.enforcer.enforce)
         return not differs
 
     async def resolve(self, names: Iterable[str], *, within: float) -> Resolution:
@@ -234,7 +257,12 @@ class Live:
         ruleset = self._compile(policy)
         if self.now is None or ruleset != self.now.ruleset:
             started = time.monotonic()
-            await self.in_worker(enforce, ruleset)
+            try:
+                await self.in_worker(enforce, ruleset)
+            except BaseException:
+                if self.now is not None:
+                    self.now = replace(self.now, ruleset=NEVER)  # nobody knows how far it came
+                raise
             self.parts.log.info(
                 "rules.applied",
                 backend=self.parts.backend.name,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import stat
+import struct
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Self
 
@@ -61,6 +62,8 @@ def writable_by(path: Path, uid: int, gid: int) -> str | None:
         read_only = os.statvfs(place).f_flag & os.ST_RDONLY
         if not read_only and _may_write(status, uid, gid):
             return f"{place} is writable for UID {uid}"
+        if not read_only and not status.st_mode & stat.S_ISVTX and _listed_to_write(place, uid, gid):
+            return f"{place} is writable for UID {uid} by its access control list"
         if str(place) in mounts:
             return None
     return None
@@ -72,3 +75,17 @@ def _may_write(status: os.stat_result, uid: int, gid: int) -> bool:
         return True
     bit = stat.S_IWGRP if status.st_gid == gid else stat.S_IWOTH
     return bool(status.st_mode & bit) and not status.st_mode & stat.S_ISVTX
+
+
+def _listed_to_write(path: Path, uid: int, gid: int) -> bool:
+    """Whether a POSIX ACL names the user or the group with the write bit; its mask is not looked at.
+
+    Layout: linux/posix_acl_xattr.h, a version and then tag, permissions and ID of each entry.
+    """
+    try:
+        entries = os.getxattr(path, "system.posix_acl_access")[4:]
+    except OSError:  # none, or a file system without
+        return False
+    return any(
+        perm & 2 and (tag, number) in {(2, uid), (8, gid)} for tag, perm, number in struct.iter_unpack("<HHI", entries)
+    )

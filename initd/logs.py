@@ -5,17 +5,29 @@ Events are short nouns with fields (`rules.applied backend=xtables ms=12`); stdo
 
 from __future__ import annotations
 
+import io
 import logging
 import sys
 from typing import TYPE_CHECKING, Any
 
 import structlog
 
+from initd import journal
+
 if TYPE_CHECKING:
     from initd.settings import Settings
 
 Log = Any
 """A bound structlog logger; its methods are made at run time."""
+
+
+class _Stderr(io.TextIOBase):
+    """The guard answers whether or not anybody reads the log: an engine that is being upgraded does not."""
+
+    def write(self, text: str) -> int:
+        """All of it, or what fits now."""
+        journal.put(text)
+        return len(text)
 
 
 def configure(settings: Settings) -> Log:
@@ -35,7 +47,7 @@ def configure(settings: Settings) -> Log:
             renderer,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(logging.getLevelNamesMapping()[settings.log_level.upper()]),
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(file=_Stderr()),  # type: ignore[arg-type]  # it writes and flushes
         cache_logger_on_first_use=True,
     )
     return structlog.get_logger()

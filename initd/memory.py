@@ -6,8 +6,6 @@ A document that cannot be read back is ignored with a reason, never trusted in p
 
 from __future__ import annotations
 
-import contextlib
-import os
 import time
 import tomllib
 from dataclasses import dataclass, field
@@ -17,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import tomli_w
 
 from initd.core.policy import Feed
+from initd.published import replace
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -71,15 +70,7 @@ def save(state: State, path: Path) -> None:
         "feeds": {feed.value: [str(network) for network in networks] for feed, networks in state.feeds.items()},
         "leases": state.leases,
     }
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with temporary.open("wb") as file:
-            tomli_w.dump(document, file, multiline_strings=True)
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            temporary.unlink()
+    replace(path, tomli_w.dumps(document, multiline_strings=True))
 
 
 def load(path: Path) -> State | None:

@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from initd.core.spans import show_span
-from initd.report import GREEN, RED, YELLOW, paint
+from initd.report import BOLD, GREEN, RED, YELLOW, paint
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -191,7 +191,7 @@ def table(titles: Sequence[str], rows: Sequence[Sequence[str]], *, width: int | 
     lines = [
         "  ".join(_cell(text, size) for text, size in zip(row, widths, strict=True)).rstrip() for row in (titles, *rows)
     ]
-    return "\n".join([paint(lines[0], "\x1b[1m", color=color), *lines[1:]])
+    return "\n".join([paint(lines[0], BOLD, color=color), *lines[1:]])
 
 
 def _cell(text: str, width: int) -> str:

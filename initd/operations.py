@@ -69,6 +69,8 @@ class Operations:
         found = [f"a session can change its own policy: {how}; mount it read-only"] if how else []
         if self._live.auditing:
             found.insert(0, "AUDIT MODE: nothing is enforced, what is not listed is let through and recorded")
+        if reason := self._live.unwritten:
+            found.append(f"what is in force is not written down: a restart of the warden undoes the reload ({reason})")
         if not self.recorder.figures().listening:
             found.append("refused connections are counted but not explained: the kernel has no NFLOG for us")
         return found + self._keeping.warnings(time.monotonic())
@@ -111,7 +113,7 @@ class Operations:
             "refusals": self.recorder.summary(time.time()),
             "last_reload": last
             and {
-                "ago": round(time.time() - last.at, 1),
+                "ago": round(time.monotonic() - last.at, 1),
                 "added": len(last.added),
                 "removed": len(last.removed),
                 "closed": len(last.closed),

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from initd.core.events import COMMAND_LENGTH, Actor, Session, printable
 from initd.core.throttle import Throttle
+from initd.errors import InitdError
 from initd.kernel.netlink import NetlinkRefusal
 from initd.kernel.sockdiag import Sockets
 
@@ -66,7 +67,7 @@ class Owners:
                 return _actor(held.uid)
             processes = processes_of(held.uid, self._proc)
             still = self._sockets.owner(proto, near, far)
-        except (OSError, NetlinkRefusal):
+        except (InitdError, NetlinkRefusal, OSError):
             return _actor(uid)
         if still != held:
             return _actor(held.uid)

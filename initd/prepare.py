@@ -30,8 +30,7 @@ def run(out: int) -> NoReturn:
     try:
         os.write(out, json.dumps(prepare(configuration.load(os.environ))).encode())
     except InitdError as error:
-        sys.stderr.write(f"initd: {error}\n")
-        sys.stderr.flush()
+        error.tell()
         code = error.code
     except BaseException:  # noqa: BLE001  # a forked child
         sys.excepthook(*sys.exc_info())

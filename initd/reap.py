@@ -29,7 +29,7 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-_INFO = struct.Struct("=I124x")  # ssi_signo of struct signalfd_siginfo
+_INFO = struct.Struct("=I8xI112x")  # ssi_signo and ssi_pid of struct signalfd_siginfo
 _SFD_FLAGS = os.O_CLOEXEC | os.O_NONBLOCK
 
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -52,12 +52,17 @@ class SignalQueue:
         return self._fd
 
     def read(self) -> list[int]:
-        """The numbers of what is pending, oldest first, at most 64 at a time."""
+        """The numbers of what is pending, oldest first, at most 64 at a time.
+
+        What we did to ourselves is nobody's wish: a SIGPIPE because stderr has no reader, a SIGXFSZ because it is a
+        file that may not grow. Blocked, they are queued although they are ignored (sig_ignored() in kernel/signal.c).
+        """
         try:
             data = os.read(self._fd, 64 * _INFO.size)
         except BlockingIOError:
             return []
-        return [number for (number,) in _INFO.iter_unpack(data)]
+        own = os.getpid()
+        return [number for number, sender in _INFO.iter_unpack(data) if sender != own]
 
 
 def restore_signals(mask: Iterable[int]) -> None:

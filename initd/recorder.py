@@ -18,6 +18,7 @@ from initd.core.events import SUBJECT_LENGTH, Event, Ring, Row, from_dict
 from initd.core.policy import Verdict
 from initd.core.special import special_of
 from initd.core.throttle import Throttle
+from initd.errors import InitdError
 from initd.kernel.netlink import NetlinkRefusal
 from initd.kernel.nflog import PacketLog
 from initd.owner import Owners
@@ -76,7 +77,7 @@ class Recorder:
         self._written = self.ring.number
         try:
             self._packets = PacketLog(GROUP)
-        except (OSError, NetlinkRefusal) as error:
+        except (InitdError, NetlinkRefusal, OSError) as error:
             self._log.warning("refusals.unseen", group=GROUP, reason=str(error))
             return
         asyncio.get_running_loop().add_reader(self._packets.fileno(), self._readable)
@@ -151,9 +152,9 @@ class Recorder:
         rows = self.ring.after(self._written)[-WRITTEN_AT_ONCE:]
         if not rows:
             return
-        self._written = self.ring.number
         text = "".join(json.dumps(row.as_dict(), separators=(",", ":")) + "\n" for row in rows)
         append(self._path, text)
+        self._written = self.ring.number
 
     def _note(self, event: Event) -> None:
         row = self.ring.add(event, time.time())

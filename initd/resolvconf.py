@@ -83,6 +83,7 @@ class ResolvConf:
         if not found:
             kept = [_address(text) for text in saved]
             found = tuple(Endpoint(address) for address in kept if address is not None and address not in OURS)
+            self._original += "" if self._original.endswith("\n") else "\n"
             self._original += "".join(f"nameserver {endpoint.address}\n" for endpoint in found)
         if not found:
             raise ConfigError(
@@ -100,20 +101,19 @@ class ResolvConf:
         """Make the guard the only server; raises OSError."""
         self._write(pointed(self._original))
 
-    def check(self) -> tuple[Endpoint, ...] | None:
-        """Put the file right if somebody else wrote it; the new `upstreams` when that changed them. Raises OSError.
+    def check(self) -> None:
+        """Put the file right if somebody else wrote it. Raises OSError.
 
-        Servers that the new text names are upstreams from now on (an engine rewrites the file when networks change);
+        Servers that the new text names are `upstreams` from now on (an engine rewrites the file when networks change);
         one that names none is replaced by what we had.
         """
         text = self._read()
         if self._descriptor is None or text == pointed(self._original):
-            return None
-        before, fresh = self.upstreams, original(text)
+            return
+        fresh = original(text)
         if found := servers(fresh):
             self._original, self.upstreams = fresh, found
         self.point_to_guard()
-        return None if self.upstreams == before else self.upstreams
 
     def restore(self) -> None:
         """Write the original back; raises OSError."""

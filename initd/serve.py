@@ -12,7 +12,7 @@ from initd.control import Control
 from initd.core.leases import from_state
 from initd.dnsguard import DnsGuard
 from initd.enforce import Enforcer
-from initd.errors import EnforcementError
+from initd.errors import EnforcementError, KernelError
 from initd.feeds import GithubFeed
 from initd.keeping import Keeping
 from initd.live import Live, Parts, literal_names
@@ -81,7 +81,7 @@ async def _serve(settings: Settings, handover: Handover, *, backend: Backend, pr
         await _verify(settings, operations, log=log)
     for warning in operations.warnings():
         log.warning("box.warning", text=warning)
-    await live.write_down()  # from here on we may be killed and have to resume
+    await _commit(live, resuming=handover.resuming)
     keeping.tell("armed")
     log.info("warden.armed", generation=handover.generation, leases=len(guard.leases))
 
@@ -102,6 +102,18 @@ def _remembered(settings: Settings, handover: Handover, *, log: Log) -> memory.S
     except ValueError as error:
         log.warning("state.unusable", path=str(directory / memory.FILE), reason=str(error))
         return None
+
+
+async def _commit(live: Live, *, resuming: bool) -> None:
+    """Write down what is in force: from here on we may be killed. A later warden has what the first one wrote."""
+    if resuming:
+        await live.try_to_write_down()
+        return
+    try:
+        await live.write_down()
+    except OSError as error:
+        run_dir = live.parts.settings.run_dir
+        raise KernelError(f"{run_dir} cannot be written: {error.strerror}", hint="free space there") from error
 
 
 def _resume(saved: memory.State | None, settings: Settings) -> Loaded:

@@ -6,7 +6,8 @@ import asyncio
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from initd import metrics
+from initd import feeds, metrics
+from initd.errors import InitdError
 from initd.kernel import conntrack
 from initd.published import replace
 from initd.resolve import sweep_pause
@@ -25,7 +26,8 @@ HEARTBEAT = 5.0
 """Seconds between signs of life; the keeper waits for four of them."""
 
 AUDIT = 0.5
-"""Seconds until another try when audit mode could not be ended; the kernel has ended it anyway (`Ruleset.audit`)."""
+"""Seconds until the next end of audit mode is waited for. One that failed is made up for by `_recheck`; the kernel has
+ended it anyway (`Ruleset.audit`)."""
 
 METRICS = 15.0
 """Seconds between two writings of the metrics file: Prometheus' usual scrape interval."""
@@ -49,13 +51,15 @@ class Upkeep:
         self._keeping = keeping
         self._operations = operations
         self._written: object = None
+        self._upstreams = resolv.upstreams  # those that rules and guard have been told of
 
     async def run(self, feed: GithubFeed) -> None:
         """Do them all until told to stop. A duty that fails says so and is tried again at its next turn."""
         duties = [
-            asyncio.create_task(feed.keep()),
+            asyncio.create_task(self._every(feeds.RETRY, feed.keep)),
             asyncio.create_task(self._every(HEARTBEAT, self._heartbeat)),
             asyncio.create_task(self._every(sweep_pause(self._settings), self._sweep)),
+            asyncio.create_task(self._every(sweep_pause(self._settings), self._resolvers)),
             asyncio.create_task(self._every(SAVE, self._save)),
             asyncio.create_task(self._every(SAVE, self._record)),
             asyncio.create_task(self._every(RECHECK, self._recheck, first=RECHECK)),
@@ -68,15 +72,21 @@ class Upkeep:
             for duty in duties:
                 duty.cancel()
             await asyncio.gather(*duties, return_exceptions=True)
-        await self._save()
+        await self._live.try_to_write_down()
 
     async def _every(self, seconds: float, duty: Callable[[], Awaitable[None]], *, first: float = 0.0) -> None:
+        """`duty` for ever. What fails in the same way again is not told again: it may be a full disk."""
+        told = ""
         await asyncio.sleep(first)
         while True:
             try:
                 await duty()
-            except Exception:
-                self._live.parts.log.exception("upkeep.failed", duty=duty.__name__)
+                told = ""
+            except Exception as error:  # noqa: BLE001 - one failure must not end a duty
+                if repr(error) != told:
+                    log, known = self._live.parts.log, isinstance(error, (InitdError, OSError))
+                    (log.warning if known else log.exception)("upkeep.failed", duty=duty.__name__, reason=str(error))
+                told = repr(error)
             await asyncio.sleep(seconds)
 
     async def _recheck(self) -> None:
@@ -88,10 +98,15 @@ class Upkeep:
     async def _sweep(self) -> None:
         in_use = await self._live.in_worker(conntrack.destinations)
         self._live.parts.guard.sweep({address for address, _, _ in in_use})
-        if (upstreams := self._resolv.check()) is not None:
+
+    async def _resolvers(self) -> None:
+        """Follow resolv.conf; a change that could not be put into force is tried again at the next turn."""
+        self._resolv.check()
+        if (upstreams := self._resolv.upstreams) != self._upstreams:
             self._live.upstreams = frozenset(upstreams)
             await self._live.refresh()  # the rules first: the guard must not ask where it may not go
             self._live.parts.guard.set_upstreams(upstreams)
+            self._upstreams = upstreams
 
     async def _end_audit(self) -> None:
         await self._live.audit_is_over()
@@ -112,4 +127,5 @@ class Upkeep:
         if mark == self._written:
             return
         await live.write_down()
+        live.unwritten = None
         self._written = mark

@@ -22,7 +22,9 @@ from initd.core.dnsfilter import case_mask, mix_case
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable
 
+    from initd.core.dnsfilter import GuardOptions
     from initd.core.ruleset import Endpoint
+    from initd.core.throttle import Throttle
     from initd.logs import Log
 
 ATTEMPTS = 4
@@ -122,17 +124,17 @@ class Question:
 class Upstreams:
     """The original resolvers. Not thread-safe; belongs to the running event loop."""
 
-    def __init__(self, endpoints: Iterable[Endpoint], *, within: float, concurrency: int, log: Log) -> None:
-        self._within = within
-        self._concurrency = concurrency
+    def __init__(self, endpoints: Iterable[Endpoint], options: GuardOptions, *, log: Log, loud: Throttle) -> None:
+        self._within = options.answer_within
+        self._concurrency = options.concurrency
         self._log = log
+        self._loud = loud
         self._active: set[Question] = set()
         self._waiting: deque[Question] = deque()
         self._seating = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._latencies: deque[float] = deque(maxlen=2048)
         self.servers: list[Server] = []
-        self.ignored = 0
         self.set_endpoints(endpoints)
 
     def set_endpoints(self, endpoints: Iterable[Endpoint]) -> None:
@@ -228,7 +230,8 @@ class Upstreams:
     def _unreachable(self, question: Question, server: Server, error: OSError) -> None:
         server.failed(time.monotonic())
         question.refused.add(server)
-        self._log.warning("dns.upstream.unreachable", server=server.place[0], error=error.strerror)
+        if self._loud.allows(time.monotonic()):
+            self._log.warning("dns.upstream.unreachable", server=server.place[0], error=error.strerror)
 
     def _late(self, question: Question) -> None:
         now = time.monotonic()
@@ -257,7 +260,6 @@ class Upstreams:
         except wire.Malformed:
             answer = None
         if answer is None:
-            self.ignored += 1
             if attempt.server.mixed_case and wire.echoes(data, attempt.asked):
                 # Not believed: asked again without mixed case, under a new id and port.
                 attempt.server.mixed_case = False

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 SCHEMES = {"https": 443, "http": 80, "ssh": 22, "git": 9418, "wss": 443, "ws": 80, "ftp": 21}
 
 ROWS = 40
-"""Rows of one answer: at most 1.4 kB each, and a message holds 64."""
+"""Rows of one answer, at most 5 kB each."""
 
 LAST = 5
 SUGGESTED = 120

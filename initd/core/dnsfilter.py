@@ -68,8 +68,7 @@ class GuardOptions:
     """`local_names`: /etc/hosts, answered when listed. `own_names`: the box's own, answered always, opening nothing.
 
     `range_listed` says whether a special address lies in a range that the policy lists. Times are seconds, `cache`
-    bytes, `concurrency` questions in flight; `new_names` bounds how many names a minute may be asked upstream for the
-    first time below one wildcard (0: no bound). With `audit` what is merely unlisted is asked upstream too, and opens
+    bytes, `concurrency` questions in flight. With `audit` what is merely unlisted is asked upstream too, and opens
     nothing by that.
     """
 
@@ -80,7 +79,6 @@ class GuardOptions:
     cache: int = 8 << 20
     concurrency: int = 256
     answer_within: float = 2.8
-    new_names: int = 0
     audit: bool = False
 
 

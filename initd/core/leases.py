@@ -86,10 +86,6 @@ class Leases:
         """Names that hold a lease."""
         return tuple(self._by_name)
 
-    def names_of(self, address: IPAddress) -> tuple[str, ...]:
-        """Names that hold `address`."""
-        return tuple(self._by_address.get(address, ()))
-
     def of(self, address: IPAddress) -> tuple[Lease, ...]:
         """The leases on `address`; those without services were only looked up, in audit mode."""
         return tuple(self._by_address.get(address, {}).values())

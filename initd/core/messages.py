@@ -1,4 +1,4 @@
-"""The control socket's language: newline-framed JSON, at most 64 KiB a message, a closed set of requests.
+"""The control socket's language: newline-framed JSON, at most 64 KiB a request, a closed set of them.
 
 The privileged side validates: an unknown operation, an unknown or missing field, a wrong type or a frame that is
 too long is a `ProtocolError`, answered once, and the connection is closed.
@@ -11,7 +11,11 @@ from dataclasses import dataclass
 from typing import Any
 
 MAX_MESSAGE = 64 * 1024
-"""Bytes of one frame, newline included, in either direction."""
+"""Bytes of one request, newline included."""
+
+MAX_ANSWER = 1024 * 1024
+"""The same of an answer. The longest are lists of refusals: a session may call its processes what it likes, and JSON
+writes one character outside the basic plane in twelve bytes (RFC 8259, 7)."""
 
 OPERATIONS: dict[str, dict[str, type]] = {
     "status": {},
@@ -61,17 +65,17 @@ def parse_request(frame: bytes) -> Request:
     return Request(op, data)
 
 
-def frame(message: dict[str, Any]) -> bytes:
+def frame(message: dict[str, Any], *, most: int = MAX_ANSWER) -> bytes:
     """One message as it goes over the wire. Raises ProtocolError when it would be too long."""
     raw = json.dumps(message, separators=(",", ":"), default=str).encode() + b"\n"
-    if len(raw) > MAX_MESSAGE:
-        raise ProtocolError(f"answer longer than {MAX_MESSAGE} bytes")
+    if len(raw) > most:
+        raise ProtocolError(f"message longer than {most} bytes")
     return raw
 
 
 def request(op: str, **fields: Any) -> bytes:
     """A request as the client sends it."""
-    return frame({"op": op, **fields})
+    return frame({"op": op, **fields}, most=MAX_MESSAGE)
 
 
 def result(value: dict[str, Any]) -> bytes:

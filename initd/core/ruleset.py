@@ -136,7 +136,7 @@ _SPECIAL: list[tuple[int, int, int]] = sorted(
 
 
 def _inside_special(key: _Key) -> bool:
-    """`initd.core.special.inside_special` by bisection; the special ranges do not overlap."""
+    """True when every address is special, found by bisection: the special ranges do not overlap."""
     version, first, prefix = key
     index = bisect_right(_SPECIAL, (version, first, 1 << 128)) - 1
     if index < 0 or _SPECIAL[index][0] != version:

@@ -48,9 +48,3 @@ def special_of(address: IPAddress) -> IPNetwork | None:
     """The special range that holds `address`, or None for an ordinary public one."""
     ranges: tuple[IPNetwork, ...] = SPECIAL4 if address.version == 4 else SPECIAL6
     return next((network for network in ranges if address in network), None)
-
-
-def inside_special(network: IPNetwork) -> bool:
-    """True when every address of `network` is special; a range that only touches one is an ordinary range."""
-    ranges: tuple[IPNetwork, ...] = SPECIAL4 if network.version == 4 else SPECIAL6
-    return any(network.subnet_of(special) for special in ranges)  # type: ignore[arg-type]

@@ -128,7 +128,7 @@ class SetWriter:
     def load(self, spec: SetSpec, elements: Iterable[Element], *, timeout: int = 0) -> bool:
         """Make the set hold exactly `elements`, in one step for whoever looks at it; `timeout` in seconds, 0 for ever.
 
-        False when a set of that name but of another type stands in the way (`replace` it then). Raises KernelError.
+        False when a set of that name but of another type stands in the way. Raises KernelError.
         """
         packed = [pack(element, timeout=timeout or None, ports=spec.kind != "hash:net") for element in elements]
         return self._install(spec, packed)

@@ -47,7 +47,7 @@ class Packet:
 
 
 class PacketLog(Netlink):
-    """A bound group. Raises OSError or NetlinkRefusal when somebody else has it, or the kernel has no NFLOG."""
+    """A bound group. KernelError, OSError or NetlinkRefusal: somebody else has it, or the kernel has no NFLOG."""
 
     def __init__(self, group: int) -> None:
         super().__init__(NETFILTER)

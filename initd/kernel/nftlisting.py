@@ -114,8 +114,3 @@ def definition(node: Node) -> str:
     known = {"family", "name", "table", "type", "handle", "flags", "size", "elem"}
     parts += [f"{key} {json.dumps(node[key])};" for key in sorted(set(node) - known)]
     return " ".join(parts)
-
-
-def networks(node: Node) -> tuple[str, ...]:
-    """A set's elements, sorted; for the small ones."""
-    return tuple(sorted(map(_atom, node.get("elem", []))))

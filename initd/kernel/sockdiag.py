@@ -35,7 +35,7 @@ class Owned:
 
 
 class Sockets(Netlink):
-    """Raises OSError when sock_diag cannot be opened."""
+    """Raises KernelError when sock_diag cannot be opened."""
 
     def __init__(self) -> None:
         super().__init__(SOCK_DIAG)

@@ -177,16 +177,10 @@ class Xtables:
             libiptc.edit_table(version, build)
 
     def _saved(self, *options: str) -> list[str]:
-        running = [
-            subprocess.Popen(  # noqa: S603 - fixed arguments, absolute path
-                [*_save_command(version), *options, "-t", "filter"],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                text=True,
-            )
-            for version in self.versions
-        ]
+        try:
+            running = [_listing([*_save_command(version), *options, "-t", "filter"]) for version in self.versions]
+        except OSError as error:  # no process or descriptor to be had: the session's fork bomb, perhaps
+            raise KernelError(f"iptables: the rules cannot be read: {error.strerror}") from error
         texts = []
         for process in running:
             try:
@@ -199,6 +193,12 @@ class Xtables:
                 raise KernelError(f"iptables: the rules cannot be read: {complaint.strip() or process.returncode}")
             texts.append(text)
         return texts
+
+
+def _listing(argv: list[str]) -> subprocess.Popen[str]:
+    return subprocess.Popen(  # noqa: S603 - fixed arguments, absolute path
+        argv, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def _put(table: Any, version: int, contents: rules.Chains) -> None:

@@ -99,6 +99,7 @@ def test_sidecar(world, example):
     assert not connects(app, "other.example")
     world.lab.clear()
     assert not connects(app, "203.0.113.20")
+    assert not connects(app, "203.0.113.20", 53), "the engine's resolver may ask anybody as root; the app is not root"
     assert world.lab.packets(to="203.0.113.20") == []
     project.write_policy("site.example\nother.example\n")
     assert "other.example" in project.output("fwctl", "reload")

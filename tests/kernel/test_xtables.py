@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -261,6 +262,22 @@ def test_from_a_thread_beside_a_running_event_loop(wire):
     count, held, _ = wire.do(lambda: asyncio.run(shape()))
     assert count > 10
     assert held == min(count, 60000), "nothing that was acknowledged got lost in a reload"
+
+
+def test_a_listing_that_cannot_be_started_is_an_error_of_ours(wire):
+    def body():
+        made = armed(Xtables)
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+        try:
+            made.read()
+        except KernelError as error:
+            return str(error)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+        return ""
+
+    assert wire.do(body) == "iptables: the rules cannot be read: Too many open files"
 
 
 def test_no_ipv6_in_the_kernel(wire, monkeypatch):

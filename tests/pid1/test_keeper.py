@@ -198,6 +198,7 @@ def test_lost_keeper_takes_nothing_with_it(box):
     time.sleep(0.5)
     assert len(one.events("keeper.lost")) == 1
     one.session("sleep", "100")
+    assert eventually(lambda: one.named("sleep")), "until it is the session user nobody is left who may tell it"
     one.kill()
     began = time.monotonic()
     assert one.wait() == 0

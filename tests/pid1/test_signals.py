@@ -123,6 +123,40 @@ def test_the_launcher_leaves_no_signal_blocked(box):
     assert one.stdout.split()[1] == "0" * 16
 
 
+def test_a_stderr_that_nobody_reads_is_no_signal_to_the_command(box):
+    """The kernel tells PID 1 of its own broken pipe; forwarded, that would end the command."""
+    deaf = "exec 2> >(exec true); sleep 0.3"
+    one = box().start("sh", "-c", "sleep 1; exit 7", setup=deaf, wait=False)
+    assert one.wait() == 7
+    one = box().start("tail", "-f", "/dev/null", setup=deaf, wait=False)
+    assert eventually(lambda: one.named("tail"))
+    one.kill(signal.SIGPIPE)
+    assert one.wait() == 128 + signal.SIGPIPE, "the engine's own is passed on"
+
+
+# A stderr that takes nothing and does not block; the reading end stays open.
+CLOGGED = """
+import os, sys
+reader, writer = os.pipe()
+os.set_inheritable(reader, True)
+os.set_blocking(writer, False)
+try:
+    while True:
+        os.write(writer, b"x" * 4096)
+except BlockingIOError:
+    os.dup2(writer, 2)
+os.execvp(sys.argv[1], sys.argv[1:])
+"""
+
+
+def test_exit_codes_need_no_stderr(box):
+    clogged = [sys.executable, "-IS", "-c", CLOGGED]
+    assert box().start("no-such-command", prefix=clogged, wait=False).wait() == 127
+    assert box(environ={"INITD_BACKEND": "none"}).start("true", prefix=clogged, wait=False).wait() == 78
+    deaf = "exec 2> >(exec true); sleep 0.3"
+    assert box(environ={"INITD_BACKEND": "none"}).start("true", setup=deaf, wait=False).wait() == 78
+
+
 def test_group_option_signals_the_whole_group(box):
     script = "trap 'touch $OUT/child; exit' USR1; touch $OUT/up; while :; do sleep 0.05; done"
     for options, expected in ((["-g"], True), ([], False)):

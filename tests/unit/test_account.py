@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import resource
 import tempfile
 from pathlib import Path
 
 import pytest
 
 from initd import account
+from initd.errors import PrivilegeError
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="gives files away: needs root")
 PASSWD = "root:x:0:0:root:/root:/bin/bash\nclaude:x:501:501::/home/claude:/bin/bash\n_initd:x:401:401::/:/bin/false\n"
@@ -105,3 +107,16 @@ def test_it_is_root_again_afterwards(image):
     follow(image, 1000, 1000)
     assert (os.getuid(), os.geteuid()) == (0, 0)
     os.chown(image / "passwd", 1, 1)
+
+
+def test_what_cannot_be_written_is_said_in_words(image):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))  # as on a full disk
+    try:
+        with pytest.raises(PrivilegeError, match="claude cannot become 1000:1001: .*File too large") as caught:
+            follow(image, 1000, 1001)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "build the image" in str(caught.value)
+    assert (image / "passwd").read_text() == PASSWD
+    assert (image / "group").read_text() == GROUP

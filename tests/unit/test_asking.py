@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from initd.asking import UnavailableError, ask
+from initd.errors import ConfigError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -45,9 +46,15 @@ def test_without_it_the_hint_is_a_guess(dying: Path) -> None:
         ask("status")
     assert caught.value.hint is not None
     assert "may be restarting" in caught.value.hint
+    assert caught.value.message == "no answer from the warden: it closed the connection"
 
 
 def test_no_box_is_said_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INITD_RUN_DIR", str(tmp_path))
     with pytest.raises(UnavailableError, match="no box is running here"):
         ask("status")
+
+
+def test_what_no_warden_would_read_is_not_sent() -> None:
+    with pytest.raises(ConfigError, match="longer than 65536 bytes"):
+        ask("test", target="x" * 70_000)

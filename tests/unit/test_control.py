@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import structlog
 
+from initd import control as module
 from initd.control import Control, Peer
 from initd.core import messages
 from initd.errors import ConfigError
@@ -27,11 +28,11 @@ async def handle(request: messages.Request, peer: Peer) -> dict[str, Any]:
     return {"op": request.op, "uid": peer.uid, "pid": peer.pid}
 
 
-async def serve(path: Path) -> Control:
+async def serve(path: Path, answer: Any = handle) -> Control:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(path))
     listener.listen()
-    control = Control(handle, log=structlog.get_logger())
+    control = Control(answer, log=structlog.get_logger())
     await control.start(listener)
     return control
 
@@ -101,3 +102,29 @@ def test_connections_are_bounded(tmp_path: Path) -> None:
     turned_away, after = asyncio.run(flood())
     assert all(b"too many connections" in line for line in turned_away)
     assert after[0]["ok"]
+
+
+def test_a_client_that_never_reads_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would hold a descriptor and a quarter of a megabyte of the warden's for as long as it likes."""
+    monkeypatch.setattr(module, "IDLE_SECONDS", 0.1)
+
+    async def large(_request: messages.Request, _peer: Peer) -> dict[str, Any]:
+        return {"text": "x" * 60_000}
+
+    async def deaf() -> tuple[int, int]:
+        control = await serve(tmp_path / "s", large)
+        before, clients = len(os.listdir("/proc/self/fd")), []
+        for _ in range(10):
+            clients.append(socket.socket(socket.AF_UNIX))
+            clients[-1].connect(str(tmp_path / "s"))
+            clients[-1].sendall(messages.request("status") * 20)
+        await asyncio.sleep(0.05)
+        held = len(os.listdir("/proc/self/fd"))
+        await asyncio.sleep(0.5)
+        after = len(os.listdir("/proc/self/fd"))
+        await control.stop()
+        return held - before - len(clients), after - before - len(clients)
+
+    held, left = asyncio.run(deaf())
+    assert held == 10, "negative control: while there is time to read they are held"
+    assert left == 0

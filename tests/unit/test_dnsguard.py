@@ -365,6 +365,14 @@ class TestUpstream:
             assert got.seconds < 0.5
 
     @scenario
+    async def test_a_server_that_is_not_there_does_not_let_clients_fill_the_log(self):
+        async with guarded() as lab:
+            lab.guard.set_upstreams([Endpoint(ip_address("127.0.0.1"), 1)])
+            for number in range(100):
+                assert (await lab.ask(f"n{number}.wild.example")).rcode == "SERVFAIL"
+            assert 0 < len(lab.log.named("dns.upstream.unreachable")) < 40
+
+    @scenario
     async def test_a_slow_server_is_still_heard(self):
         async with guarded() as lab:
             lab.upstream.delay = 1.5
@@ -379,16 +387,6 @@ class TestUpstream:
             lab.upstream.delay = 0.02
             got = await asyncio.gather(*(lab.ask(name) for name in zone))
             assert all(one.addresses == ["203.0.113.7"] for one in got)
-
-    @scenario
-    async def test_never_seen_names_below_a_wildcard_can_be_bounded(self):
-        zone = {f"n{n}.wild.example": ["203.0.113.7"] for n in range(10)}
-        async with Guarded(zone, policy=POLICY, new_names=4) as lab:
-            got = [await lab.ask(name) for name in zone]
-            assert [one.rcode for one in got] == ["NOERROR"] * 4 + ["SERVFAIL"] * 6
-            lab.upstream.zone |= ZONE
-            assert (await lab.ask("n0.wild.example")).addresses  # a known one
-            assert (await lab.ask("four.example")).addresses  # not by wildcard
 
 
 class TestClients:

@@ -65,7 +65,10 @@ def test_targets(text: str, host: str, service: Service) -> None:
     assert parse_target(text) == (host, service)
 
 
-@pytest.mark.parametrize("text", ["", ":443", "a.b:", "a.b:x", "a.b:0", "a.b:65536", "a.b:443/icmp", "https://a.b/"])
+@pytest.mark.parametrize(
+    "text",
+    ["", ":443", "a.b:", "a.b:x", "a.b:0", "a.b:65536", "a.b:443/icmp", "https://a.b/", "a.b:" + "9" * 5000, "a.b:٣"],
+)
 def test_what_is_not_a_target_says_so(text: str) -> None:
     if text == "a.b:":
         assert parse_target(text)[1] == Service("tcp", 443)

@@ -48,7 +48,7 @@ def test_a_shorter_answer_never_shortens_what_another_name_needs():
     take(leases, "long", A, ttl=300)
     grant, _ = take(leases, "short", A, ttl=5, now=10)
     assert dict(grant.insert) == {element(A): 320}
-    assert leases.names_of(A) == ("long", "short")
+    assert [one.name for one in leases.of(A)] == ["long", "short"]
 
 
 def test_an_address_is_forgotten_when_its_last_name_lets_go():
@@ -56,7 +56,7 @@ def test_an_address_is_forgotten_when_its_last_name_lets_go():
     take(leases, "a", A, ttl=60)
     take(leases, "b", A, ttl=120)
     assert leases.sweep(91, frozenset()) == ([], [])
-    assert leases.names_of(A) == ("b",)
+    assert [one.name for one in leases.of(A)] == ["b"]
     assert leases.sweep(151, frozenset()) == ([], [element(A)])
     assert len(leases) == 0
 

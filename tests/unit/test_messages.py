@@ -67,5 +67,7 @@ def test_json_parses_or_fails_in_one_way(extra: object, op: str) -> None:
 
 def test_an_answer_that_is_too_long_is_not_sent() -> None:
     with pytest.raises(messages.ProtocolError, match="longer"):
-        messages.result({"x": "y" * messages.MAX_MESSAGE})
-    assert len(messages.failure("m" * 100_000)) < messages.MAX_MESSAGE
+        messages.result({"x": "y" * messages.MAX_ANSWER})
+    with pytest.raises(messages.ProtocolError, match="longer"):
+        messages.request("test", target="y" * messages.MAX_MESSAGE)
+    assert len(messages.failure("\U0001f600" * 100_000)) < messages.MAX_ANSWER

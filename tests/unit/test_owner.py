@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -101,3 +102,17 @@ def test_processes_of_a_user_leave_us_out():
 
 def test_terminals():
     assert (_terminal(0), _terminal(34816), _terminal(34817), _terminal(1025)) == (None, "pts/0", "pts/1", "tty 4:1")
+
+
+def test_without_a_descriptor_to_be_had_nobody_is_named(start, server):
+    """The guard asks before it answers: an error here would be an answer that says that it has failed."""
+    _, port = start(64904, "tcp", server)
+    here, owners, limits = ip_address("127.0.0.1"), Owners(), resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    try:
+        actor = owners.of("tcp", (here, port), (here, server), uid=7)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert actor.uid == 7
+    assert actor.pid is None
+    assert owners.of("tcp", (here, port), (here, server)).uid == 64904, "negative control: it was there to be found"

@@ -6,13 +6,15 @@ import os
 import stat
 from dataclasses import replace
 from ipaddress import ip_address
+from types import SimpleNamespace
 
 import pytest
 
-from initd import recorder
-from initd.core.events import Event, Ring
+from initd import recorder, why
+from initd.core import messages
+from initd.core.events import COMMAND_LENGTH, Actor, Event, Ring, Session, printable
 from initd.core.leases import Lease
-from initd.core.policy import Service, Verdict
+from initd.core.policy import Service, Verdict, parse
 from initd.dnsfigures import Asked
 from initd.kernel.nflog import Packet
 from initd.recorder import Recorder
@@ -122,3 +124,18 @@ def test_a_link_in_place_of_the_file_is_not_followed(tmp_path):
     with pytest.raises(OSError):
         recorder.append(tmp_path / recorder.FILE, "line\n")
     assert (tmp_path / "target").read_text() == ""
+
+
+def test_no_name_of_a_process_makes_the_log_too_long_to_be_told(made):
+    grins = printable("\U0001f600" * COMMAND_LENGTH, COMMAND_LENGTH)
+    actor = Actor(501, "claude", 7, grins, Session(7, "pts/0", grins))
+    for number in range(300):
+        name = f"{'a' * 60}.{'b' * 60}.{'c' * 60}.n{number}.test"
+        made.ring.add(Event("name", name, "A", "unlisted", actor=actor), 1.0)
+    live = SimpleNamespace(
+        in_force=SimpleNamespace(lookup=parse("site.example\n").lookup(), loaded=SimpleNamespace(source="list"))
+    )
+    told = why.rows_after(made, 0)
+    assert len(told["rows"]) == why.ROWS
+    for answer in (told, why.suggestions(live, made, SimpleNamespace(policy="list"))):
+        assert messages.MAX_MESSAGE < len(messages.result(answer)) < messages.MAX_ANSWER

@@ -77,7 +77,8 @@ def test_life(make):
     assert [words[1] for words in map(str.split, text.splitlines()) if words[:1] == ["nameserver"]] == ["127.0.0.1"]
     assert "search corp.example lan\n" in text
     assert "options edns0 trust-ad ndots:0\n" in text
-    assert conf.check() is None
+    conf.check()
+    assert path.read_text() == text
     assert path.stat().st_ino == inode  # in place: a bind mount stays one
     conf.restore()
     assert path.read_text() == DOCKER
@@ -96,8 +97,7 @@ def test_put_right_again(make):
     path, conf = make(DOCKER)
     conf.point_to_guard()
     path.write_text("nameserver 203.0.113.7\nsearch new.example\n")
-    changed = conf.check()
-    assert changed == conf.upstreams
+    conf.check()
     assert [str(one.address) for one in conf.upstreams] == ["203.0.113.7"]
     assert path.read_text().startswith(HEADER)
     conf.restore()
@@ -109,13 +109,21 @@ def test_a_file_without_servers_is_put_right_and_the_upstreams_stay(make, text):
     path, conf = make(DOCKER)
     conf.point_to_guard()
     path.write_text(text)
-    assert conf.check() is None
+    before = conf.upstreams
+    conf.check()
     assert path.read_text() == pointed(DOCKER)
+    assert conf.upstreams == before
 
 
 def test_saved_servers_are_used_when_the_file_has_none(make):
     path, conf = make("search x\n", saved=("203.0.113.8", "127.0.0.1", "junk"))
     assert [str(one.address) for one in conf.upstreams] == ["203.0.113.8"]
+    conf.restore()
+    assert path.read_text() == "search x\nnameserver 203.0.113.8\n"
+
+
+def test_a_last_line_without_an_end_is_not_grown(make):
+    path, conf = make("search x", saved=("203.0.113.8",))
     conf.restore()
     assert path.read_text() == "search x\nnameserver 203.0.113.8\n"
 
@@ -132,7 +140,7 @@ def test_without_a_descriptor_the_file_is_only_read(tmp_path):
     path.write_text(DOCKER)
     conf = ResolvConf(None, path=path)
     conf.point_to_guard()
-    assert conf.check() is None
+    conf.check()
     conf.restore()
     assert path.read_text() == DOCKER
     assert not conf.writable
