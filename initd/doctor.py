@@ -1,7 +1,10 @@
 """Runs: anybody, on demand, in a box or before there is one. Tries each entry of a policy as a client would.
 
-Does it resolve, connect, speak TLS for that name, lead elsewhere, share its address? Stdlib only; 16 entries at once, a
-few seconds for each step. Nothing is changed, and nothing but a HEAD request is sent.
+Does it resolve, connect, speak TLS for that name, lead elsewhere, share its address? 16 entries at once, a few seconds
+for each step. Nothing is changed, and nothing but DNS questions and a HEAD request is sent.
+
+Addresses come from getaddrinfo(3), as for any client; what it cannot say, why there are none and which alias leads to
+them, the resolvers of resolv.conf(5) are asked.
 """
 
 from __future__ import annotations
@@ -14,6 +17,10 @@ from dataclasses import asdict, dataclass, field
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin, urlsplit
+
+import dns.exception
+import dns.rcode
+import dns.resolver
 
 from initd.core.cdn import cdn_of
 from initd.core.events import printable
@@ -85,13 +92,44 @@ def _name(rule: NameRule, lookup: Lookup, *, inside: bool) -> Finding:
     try:
         infos = socket.getaddrinfo(rule.name, None, type=socket.SOCK_STREAM)
     except OSError as error:
-        found.worse("failed", f"does not resolve: {error.strerror}")
+        found.worse("failed", f"does not resolve: {_why_not(rule.name) or error.strerror}")
         return found
+    if alias := _alias(rule.name):
+        found.notes.append(f"an alias of {printable(alias, 80)}")
     found.addresses = list(dict.fromkeys(str(info[4][0]) for info in infos))
     for service in _to_try(rule):
         _service(found, rule.name, service, _Way(lookup, inside))
     found.ms = round((time.monotonic() - start) * 1000, 1)
     return found
+
+
+def _why_not(name: str) -> str | None:
+    """Why `name` has no address, in the words of DNS; None when it has one there."""
+    try:
+        answer = dns.resolver.resolve_name(name, lifetime=SECONDS)
+    except dns.resolver.NXDOMAIN:
+        return "there is no such name (NXDOMAIN)"
+    except dns.resolver.NoAnswer:
+        return "the name is there, but it has no address"
+    except dns.resolver.NoNameservers as error:  # its errors: (server, tcp, port, exception, response)
+        rcodes = {one[4].rcode() for one in error.kwargs.get("errors", ()) if one[4] is not None}
+        said = ", ".join(sorted(dns.rcode.to_text(rcode) for rcode in rcodes))
+        return f"the resolver fails ({said})" if said else "no resolver can be reached"
+    except dns.exception.Timeout:
+        return f"no resolver answers within {SECONDS:g} s"
+    except dns.exception.DNSException as error:
+        return printable(str(error), 120)
+    return None if list(answer.addresses()) else "the name is there, but it has no address"
+
+
+def _alias(name: str) -> str | None:
+    """The name at the end of the aliases (CNAME) that `name` is, None when it is none."""
+    try:
+        answer = dns.resolver.resolve(name, "A", lifetime=SECONDS, raise_on_no_answer=False)
+    except dns.exception.DNSException:  # a name of /etc/hosts, perhaps
+        return None
+    canonical = answer.canonical_name.to_text(omit_final_dot=True).lower()
+    return None if canonical == name else canonical
 
 
 def _to_try(rule: NameRule) -> list[Service]:

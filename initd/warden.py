@@ -28,7 +28,7 @@ def main() -> int:
         if not handover.resuming:
             Enforcer(backend).lockdown(os.getuid())
         demand(settings.require, {**probe.capabilities, "dns": handover.resolv is not None})
-        # Imports of 150 ms (asyncio, dnspython, structlog) wait until the box is shut.
+        # Imports of 150 ms (asyncio, structlog) wait until the box is shut.
         from initd.serve import serve  # noqa: PLC0415
 
         return serve(settings, handover, backend=backend, probe=probe)

@@ -8,12 +8,16 @@ import pytest
 
 from tests.support import product
 from tests.support.lab import Lab
+from tests.support.zone import Entry, Fault
 
 pytestmark = pytest.mark.kernel
 
 POLICY = """\
 good.example
 same.example
+alias.example
+empty.example
+failing.example
 missing.example
 wrong--name.example
 to--good.example
@@ -35,7 +39,13 @@ ADDRESSES = {
     "echo.example": "203.0.113.12",
     "closed.example": "203.0.113.14",
     "bad.example": "203.0.113.13",
+    "end.example": "203.0.113.6",
 }
+DOCTORED = [
+    Entry("alias.example", {"CNAME": ("end.example.",)}),
+    Entry("empty.example", {"TXT": ("nothing else",)}),
+    Entry("failing.example", fault=Fault.SERVFAIL),
+]
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +53,7 @@ def lab():
     with Lab() as made:
         for name, address in ADDRESSES.items():
             made.dns.set(name, {"A": address}, ttl=60)
+        made.dns.load(DOCTORED)
         yield made
 
 
@@ -55,8 +66,11 @@ def findings(done):
 def judge(found):
     assert found["good.example"] == ("ok", "shares an address with same.example")
     assert found["same.example"][0] == "ok"
-    assert found["missing.example"][0] == "failed"
-    assert "does not resolve" in found["missing.example"][1]
+    assert found["alias.example"][0] == "ok"
+    assert "an alias of end.example" in found["alias.example"][1]
+    assert found["missing.example"] == ("failed", "does not resolve: there is no such name (NXDOMAIN)")
+    assert found["empty.example"] == ("failed", "does not resolve: the name is there, but it has no address")
+    assert found["failing.example"] == ("failed", "does not resolve: the resolver fails (SERVFAIL)")
     assert found["wrong--name.example"][0] == "failed"
     assert "TLS: Hostname mismatch" in found["wrong--name.example"][1]
     assert found["to--good.example"] == ("ok", "")
@@ -89,11 +103,11 @@ def test_in_a_box_it_tries_what_is_in_force_and_causes_no_refusal(lab):
     done = box.fwctl("doctor", "--json", user="session")
     answer, found = findings(done)
     judge(found)
-    assert (done.returncode, answer["failed"], answer["file"]) == (1, 3, "/run/initd/policy.txt")
+    assert (done.returncode, answer["failed"], answer["file"]) == (1, 5, "/run/initd/policy.txt")
     assert json.loads(box.fwctl("log", "--json").stdout)["rows"] == []
     shown = box.fwctl("doctor", user="session").stdout
     assert shown.splitlines()[0].split() == ["ENTRY", "STATE", "NOTES"]
-    assert shown.splitlines()[-1].endswith("4 ok, 2 warning, 3 failed, 2 untried")
+    assert shown.splitlines()[-1].endswith("5 ok, 2 warning, 5 failed, 2 untried")
     box.write_policy("good.example\nto--elsewhere.example\n")
     box.fwctl("reload")
     assert box.fwctl("doctor").returncode == 0, "warnings do not fail a CI run"
