@@ -82,7 +82,7 @@ def lockdown(version: int, warden_uid: int) -> Chains:
     if version == 4:
         engine = [_owned(warden_uid, destination=ENGINE_DNS), *_reject(4, destination=ENGINE_DNS)]
     return {
-        HOOKS["OUTPUT"]: (*discovery, *engine, Rule("ACCEPT", outside="lo"), *_reject(version)),
+        HOOKS["OUTPUT"]: (*discovery, *_OURS, *engine, Rule("ACCEPT", outside="lo"), *_reject(version)),
         HOOKS["INPUT"]: (Rule("ACCEPT", inside="lo"), *discovery, *_reject(version)),
         HOOKS["FORWARD"]: _reject(version),
     }
@@ -93,6 +93,7 @@ def chains(version: int, ruleset: Ruleset) -> Chains:
     special = (_in_set(version, "special"), _in_set(version, "learned", negated=True))
     output = (
         *_discovery(version),
+        *_OURS,
         *_warden(version, ruleset),
         *(_owned(0, proto=proto, port=53) for proto in ("udp", "tcp") if ruleset.engine_dns),
         *(_reject(4, destination=ENGINE_DNS) if version == 4 else ()),
@@ -140,6 +141,15 @@ def _log(prefix: str, *, proto: str | None = None, matches: tuple[tuple[str, Opt
     where = (("nflog-prefix", (prefix,)), ("nflog-group", (str(NFLOG_GROUP),)))
     return (Rule("NFLOG", where, proto=proto, matches=(*matches, limit)),)
 
+
+FOREIGN = Rule("DROP", matches=(("addrtype", (("src-type", ("!", "LOCAL")),)),))
+_OURS = (Rule("ACCEPT", outside="lo", proto="tcp", matches=(("tcp", (("tcp-flags", ("RST", "RST")),)),)), FOREIGN)
+"""A source that is not ours, which IPv6 lets everybody have (IPV6_FREEBIND; ipv6_can_nonlocal_bind()).
+
+Sent to ourselves it would have connection tracking know a flow from there, and what we answer would be established.
+Dropped: a refusal would go to that source, and quote what was sent. But the resets with which we refuse come from where
+the refused went, and no reset begins a flow (nf_conntrack_proto_tcp.c, tcp_conntracks).
+"""
 
 _RESET = Rule(
     "ACCEPT",

@@ -36,7 +36,7 @@ _HALVES = {
     for version, every in ((4, "0.0.0.0/0"), (6, "::/0"))
 }
 """Every address; no set can hold a prefix length of 0."""
-_COUNTED = re.compile(r"\[(\d+):\d+\] -A (INITD-\S+) (.*-j REJECT .*)")
+_COUNTED = re.compile(r"\[(\d+):\d+\] -A (INITD-\S+) (.*-j (?:REJECT|DROP).*)")
 
 
 class Xtables:
