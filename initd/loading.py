@@ -47,28 +47,31 @@ def writable_by(path: Path, uid: int, gid: int) -> str | None:
 
     The file itself, or a directory on the way that lets it be replaced or renamed. A mount point cannot be renamed
     (rename(2), EBUSY), so the walk ends there: this is what makes the read-only mount of the compose file hold.
+
+    Ask before the file is read: whoever can write it can also make it look as if nobody could, afterwards.
     """
     mounts = mount_points()
+    found = True
     for place in (path, *path.parents):
         try:
             status = place.lstat()
-        except FileNotFoundError:
+        except OSError:  # missing, or in a directory that is closed to us: whose is that?
+            found = False
             continue
-        except OSError:
-            return None  # a directory on the way is closed to us, and to a session more so
         if stat.S_ISLNK(status.st_mode):
             return f"{place} is a symbolic link"
         read_only = os.statvfs(place).f_flag & os.ST_RDONLY
-        if not read_only and _may_write(status, uid, gid):
+        if not read_only and _may_write(status, uid, gid, filled=found):
             return f"{place} is writable for UID {uid}"
         if str(place) in mounts:
             return None
+        found = True
     return None
 
 
-def _may_write(status: os.stat_result, uid: int, gid: int) -> bool:
-    """An owner may always chmod first; a sticky directory protects what belongs to somebody else (inode(7))."""
+def _may_write(status: os.stat_result, uid: int, gid: int, *, filled: bool) -> bool:
+    """An owner may always chmod first; a sticky directory protects what is there and somebody else's (inode(7))."""
     if status.st_uid == uid:
         return True
     bit = stat.S_IWGRP if status.st_gid == gid else stat.S_IWOTH
-    return bool(status.st_mode & bit) and not status.st_mode & stat.S_ISVTX
+    return bool(status.st_mode & bit) and not (filled and status.st_mode & stat.S_ISVTX)

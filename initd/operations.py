@@ -120,8 +120,8 @@ class Operations:
         }
 
     async def _reload(self, _request: Request, peer: Peer) -> dict[str, Any]:
+        may_widen = peer.uid == 0 or self._writable() is None  # before the file is read: see `writable_by`
         loaded = load_policy(self._settings)
-        may_widen = peer.uid == 0 or self._writable() is None
         done = await self._live.reload(loaded, may_widen=may_widen, within=RESOLVE_SECONDS)
         lists = {key: getattr(done, key) for key in ("added", "removed", "closed")}
         return {
