@@ -266,6 +266,20 @@ def test_a_session_cannot_hide_that_it_may_write_the_policy(lab: Lab) -> None:
     assert attempt(box, ("tcp", "other.example", 443)).error == "EAI_NONAME"
 
 
+def test_a_policy_that_takes_long_to_read_keeps_nobody_waiting(lab: Lab) -> None:
+    box = lab.box(policy="site.example\n", policy_writable=True)
+    box.start()
+    box.write_policy("@githuX\n" * 20_000)
+    many = [box.popen(python(RELOADS, f"{RUN}/control.sock", "1")) for _ in range(6)]
+    time.sleep(0.3)
+    begin = time.monotonic()
+    assert box.status()["generation"] == 1
+    assert time.monotonic() - begin < 2.0
+    assert any(one.poll() is None for one in many), "they were read meanwhile"
+    for one in many:
+        assert json.loads(one.communicate(timeout=30)[0]) == {"78": 1}
+
+
 def test_a_session_may_reload_what_only_others_can_write(scene: tuple[Lab, Box]) -> None:
     lab, box = scene
     assert box.exec(["sh", "-c", "echo x >> /workspace/.aidevcontainer/allowed-domains.txt"]).returncode != 0
