@@ -35,6 +35,18 @@ query = bytes.fromhex("000101000001000000000000") + name + bytes.fromhex("000100
 socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(query, ("127.0.0.1", 53))
 """
 
+# Asks for unlisted names under a command line of emoji, each of which is twelve bytes in JSON.
+WORDY = """
+import socket, time
+for number in range(40):
+    name = b"wordy%d" % number
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.connect(("127.0.0.1", 53))
+        sock.send(bytes.fromhex("000101000001000000000000") + bytes([len(name)]) + name + bytes.fromhex("0000010001"))
+        sock.recv(512)
+    time.sleep(0.06)  # below the guard's twenty looks a second
+"""
+
 
 @pytest.fixture(scope="module", params=["nftables", "xtables"])
 def told(request):
@@ -241,3 +253,13 @@ def test_what_was_refused_outlives_the_warden(told):
     attempt_all(told, [("tcp", "203.0.113.99", 443)])
     after = {one["subject"]: one["count"] for one in answer(told, "log")["rows"]}
     assert after["203.0.113.99"] == before["203.0.113.99"] + 1, "the new warden listens"
+
+
+def test_no_command_line_is_too_long_to_be_told(told):
+    emoji = "\U0001f600" * 200
+    told.exec(["bash", "-c", f'exec -a {emoji} python3 -c "$0"', WORDY])
+    rows = [row for row in answer(told, "log")["rows"] if row["subject"].startswith("wordy")]
+    assert len(rows) == 40
+    assert sum(emoji[:100] in (row["actor"]["command"] or "") for row in rows) > 20, "the control: they are long"
+    assert any("wordy" in one["line"] for one in answer(told, "suggest")["lines"])
+    assert answer(told, "why", "wordy1", code=1)["refusals"]
