@@ -6,6 +6,7 @@ from dataclasses import asdict
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
+from initd.core.names import NameFaultError, to_ascii
 from initd.core.policy import Service, Verdict
 from initd.core.special import special_of
 from initd.errors import ConfigError
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from initd.core.membership import Membership
     from initd.core.policy import Lookup, Origin
     from initd.core.ruleset import IPAddress
+
+LONGEST = 300
+"""Characters of a target: a name has 253 at most."""
 
 REASONS = {
     Verdict.DENIED: "an exception line says never",
@@ -45,14 +49,19 @@ def parse_target(target: str) -> tuple[str, Service]:
         port = port.removeprefix(":")
     elif rest.count(":") == 1:
         host, _, port = rest.partition(":")
-    if proto not in {"", "tcp", "udp"} or not host or (port and not port.isdecimal()):
+    wrong = proto not in {"", "tcp", "udp"} or not host or (port and not (port.isascii() and port.isdecimal()))
+    if wrong or len(target) > LONGEST:
         raise ConfigError(
-            f"{target!r} is not HOST[:PORT]", hint="for example github.com:443, [2001:db8::1]:22, db:53/udp"
+            f"{target[:LONGEST]!r} is not HOST[:PORT]", hint="for example github.com:443, [2001:db8::1]:22, db:53/udp"
         )
     number = int(port or 443)
     if not 0 < number < 65536:
         raise ConfigError(f"{target!r}: a port is 1 to 65535")
-    return host.lower().rstrip("."), Service(proto or "tcp", number)
+    host = host.lower().rstrip(".")
+    try:
+        return (host if host.isascii() else to_ascii(host)), Service(proto or "tcp", number)
+    except NameFaultError as error:
+        raise ConfigError(f"{target!r}: {error.reason}", hint=error.hint) from error
 
 
 def _name(host: str, service: Service, lookup: Lookup) -> dict[str, Any]:
