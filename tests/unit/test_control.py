@@ -15,6 +15,7 @@ import structlog
 from initd.control import Control, Peer
 from initd.core import messages
 from initd.errors import ConfigError
+from tests.support.guarded import Log
 
 
 async def handle(request: messages.Request, peer: Peer) -> dict[str, Any]:
@@ -27,11 +28,11 @@ async def handle(request: messages.Request, peer: Peer) -> dict[str, Any]:
     return {"op": request.op, "uid": peer.uid, "pid": peer.pid}
 
 
-async def serve(path: Path) -> Control:
+async def serve(path: Path, *, log: Any = None) -> Control:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(path))
     listener.listen()
-    control = Control(handle, log=structlog.get_logger())
+    control = Control(handle, log=log or structlog.get_logger())
     await control.start(listener)
     return control
 
@@ -83,6 +84,21 @@ def test_errors_keep_their_code_and_hint(tmp_path: Path) -> None:
 def test_a_bug_in_one_request_ends_neither_the_warden_nor_the_connection(tmp_path: Path) -> None:
     answers = converse(tmp_path, messages.request("verify"), messages.request("status"))
     assert [one["ok"] for one in answers] == [False, True]
+
+
+def test_what_is_malformed_floods_no_log(tmp_path: Path) -> None:
+    async def flood() -> tuple[int, dict]:
+        log = Log()
+        control = await serve(tmp_path / "s", log=log)
+        for _ in range(100):
+            await talk(tmp_path / "s", b"x\n")
+        after = await talk(tmp_path / "s", messages.request("status"))
+        await control.stop()
+        return len(log.named("control.rejected")), after[0]
+
+    lines, after = asyncio.run(flood())
+    assert 1 <= lines < 50
+    assert after["ok"]
 
 
 def test_connections_are_bounded(tmp_path: Path) -> None:
