@@ -94,6 +94,7 @@ def chains(version: int, ruleset: Ruleset) -> Chains:
     output = (
         *_discovery(version),
         *_OURS,
+        *((_STAND_IN,) if version == 4 else ()),
         *_warden(version, ruleset),
         *(_owned(0, proto=proto, port=53) for proto in ("udp", "tcp") if ruleset.engine_dns),
         *(_reject(4, destination=ENGINE_DNS) if version == 4 else ()),
@@ -149,6 +150,13 @@ _OURS = (Rule("ACCEPT", outside="lo", proto="tcp", matches=(("tcp", (("tcp-flags
 Sent to ourselves it would have connection tracking know a flow from there, and what we answer would be established.
 Dropped: a refusal would go to that source, and quote what was sent. But the resets with which we refuse come from where
 the refused went, and no reset begins a flow (nf_conntrack_proto_tcp.c, tcp_conntracks).
+"""
+
+_STAND_IN = Rule("DROP", source=ENGINE_DNS, matches=(("conntrack", (("ctdir", ("ORIGINAL",)),)),))
+"""The engine's resolver only answers, and from another port than 53.
+
+Whoever sent from 127.0.0.11:53 to ports that the warden will ask from would have connection tracking take its questions
+for answers to that: they would not be rewritten to the engine's port, and reach him.
 """
 
 _RESET = Rule(
