@@ -275,7 +275,7 @@ def test_a_policy_that_takes_long_to_read_keeps_nobody_waiting(lab: Lab) -> None
     begin = time.monotonic()
     assert box.status()["generation"] == 1
     assert time.monotonic() - begin < 2.0
-    assert any(one.poll() is None for one in many), "they were read meanwhile"
+    assert any(one.poll() is None for one in many), "the control: they are being read"
     for one in many:
         assert json.loads(one.communicate(timeout=30)[0]) == {"78": 1}
 

@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from initd import narrative
 from initd.core.policy import dump, parse
 from tests.support import product
 from tests.support.attempts import attempt_all
@@ -180,11 +181,24 @@ def test_follow_goes_on(told):
     assert (row["subject"], row["reason"]) == ("followed.example", "unlisted")
 
 
+def whole(shown: str) -> bool:
+    """Whether every line begins as one of ours does, and none has anything that a terminal acts on."""
+    return all(line.startswith("20") and line.isprintable() for line in shown.splitlines())
+
+
 def test_nothing_a_session_sends_forges_a_line(told):
     told.exec(["python3", "-c", FORGED])
-    lines = text(told, "log").splitlines()
-    assert any(r"a\010new\010\027[2.evil" in line for line in lines)
-    assert all(line.startswith("20") for line in lines)
+    shown = text(told, "log")
+    assert r"a\010new\010\027[2.evil" in shown
+    assert whole(shown)
+
+
+def test_a_line_that_was_forged_would_be_seen(told):
+    """Negative control: the same row with its name as it was sent."""
+    rows = answer(told, "log")["rows"]
+    assert whole(narrative.log({"rows": rows, "lost": 0}, color=False))
+    (row,) = (row for row in rows if row["subject"].endswith("[2.evil"))
+    assert not whole(narrative.log({"rows": [{**row, "subject": "a\nnew\n\x1b[2.evil"}], "lost": 0}, color=False))
 
 
 def test_the_list_in_force_is_there_to_read_and_not_to_write(told):

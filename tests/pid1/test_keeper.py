@@ -55,6 +55,15 @@ def test_keeper_has_only_what_it_hands_on_and_needs(box):
     assert keeper["NoNewPrivs"] == "1"
 
 
+def test_that_reading_finds_more_where_there_is_more(box):
+    """Negative control: a session of root's has what the engine gave."""
+    one = box().start()
+    session = one.session("sleep", "100", uid=0)
+    root = status(eventually(lambda: children(session.pid))[0])
+    assert [int(root[f"Cap{kind}"], 16).bit_count() > 6 for kind in ("Prm", "Eff", "Bnd")] == [True] * 3
+    assert root["NoNewPrivs"] == "0"
+
+
 def test_privilege_is_visible_by_name(box):
     one = box().start()
     assert one.comm(one.pid) == "initd", one.stderr
@@ -132,6 +141,19 @@ def test_killed_warden_is_back_and_no_connection_is_lost(box):
     assert one.ask(b"generation") == b"2"  # connected while nobody listened, answered by the next
     assert time.monotonic() - began < 2
     assert one.warden(2)["fds"] == one.warden(1)["fds"]
+
+
+def test_without_a_keeper_a_killed_warden_is_not_back(box):
+    """Negative control: then nobody answers."""
+    one = box().start()
+    warden = warden_pid(one)
+    os.kill(one.named("initd-keeper"), signal.SIGKILL)
+    assert eventually(lambda: one.events("keeper.lost"))
+    assert one.ask(b"generation") == b"1"
+    os.kill(warden, signal.SIGKILL)
+    assert eventually(lambda: not Path(f"/proc/{warden}").exists())
+    with pytest.raises(OSError, match=r"refused|timed out|reset"):
+        one.ask(b"generation", 1.0)
 
 
 def waiting(one):

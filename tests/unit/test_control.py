@@ -63,6 +63,26 @@ def test_the_peer_is_the_kernels_word(tmp_path: Path) -> None:
     assert answer == {"ok": True, "result": {"op": "status", "uid": os.getuid(), "pid": os.getpid()}}
 
 
+@pytest.mark.kernel
+def test_another_user_is_told_apart(tmp_path: Path) -> None:
+    """Negative control: the same request, sent by somebody else."""
+    for parent in (tmp_path, *list(tmp_path.parents)[:3]):
+        parent.chmod(parent.stat().st_mode | 0o055)
+
+    async def both() -> list[dict]:
+        control = await serve(tmp_path / "s")
+        (tmp_path / "s").chmod(0o666)
+        os.seteuid(501)
+        try:
+            return await talk(tmp_path / "s", messages.request("status"))
+        finally:
+            os.seteuid(0)
+            await control.stop()
+
+    (answer,) = asyncio.run(both())
+    assert answer["result"]["uid"] == 501
+
+
 def test_several_requests_on_one_connection(tmp_path: Path) -> None:
     answers = converse(tmp_path, messages.request("health"), messages.request("status"))
     assert [one["result"]["op"] for one in answers] == ["health", "status"]
