@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from initd import __version__, audit, verify, why
 from initd.core.membership import Membership
-from initd.core.messages import fitting
 from initd.core.spans import show_span
 from initd.errors import ConfigError, PrivilegeError
 from initd.explain import explain
@@ -34,9 +33,6 @@ RESOLVE_SECONDS = 5.0
 
 SHOWN = 200
 """Entries of one list in an answer; the totals are always complete."""
-
-ROOM = 12 * 1024
-"""Bytes of one list in an answer: a message holds 64 KiB."""
 
 
 class Operations:
@@ -134,10 +130,10 @@ class Operations:
         return {
             "policy": size_of(loaded.policy),
             "ms": round(done.seconds * 1000, 1),
-            **{key: fitting(value[:SHOWN], ROOM) for key, value in lists.items()},
+            **{key: list(value[:SHOWN]) for key, value in lists.items()},
             **{f"{key}_total": len(value) for key, value in lists.items()},
             "warnings": [
-                *fitting([f"{name} does not resolve: {reason}" for name, reason in done.failed.items()], ROOM),
+                *(f"{name} does not resolve: {reason}" for name, reason in list(done.failed.items())[:SHOWN]),
                 *self.warnings(),
             ],
         }
@@ -165,7 +161,7 @@ class Operations:
         if not 0 <= seconds <= audit.LONGEST:
             raise ConfigError(f"audit mode lasts {show_span(audit.LONGEST)} at most, not {seconds} s")
         closed = await self._live.set_audit(audit.Audit(time.monotonic() + seconds) if seconds else None)
-        return {"mode": "audit" if self._live.auditing else "enforce", "closed": fitting(closed[:SHOWN], ROOM)}
+        return {"mode": "audit" if self._live.auditing else "enforce", "closed": list(closed[:SHOWN])}
 
     async def _verify(self, _request: Request, _peer: Peer) -> dict[str, Any]:
         checks = await self.verify()

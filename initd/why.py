@@ -6,11 +6,9 @@ import contextlib
 import time
 from dataclasses import asdict
 from ipaddress import ip_address
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from initd.core.membership import Membership
-from initd.core.messages import fitting
 from initd.core.suggest import propose, suggest
 from initd.explain import explain, parse_target
 from initd.loading import DEFAULTS
@@ -23,8 +21,8 @@ if TYPE_CHECKING:
 
 SCHEMES = {"https": 443, "http": 80, "ssh": 22, "git": 9418, "wss": 443, "ws": 80, "ftp": 21}
 
-ROOM = 40 * 1024
-"""Bytes of the rows of one answer, or of the suggested lines: a message holds 64 KiB."""
+ROWS = 40
+"""Rows of one answer: at most 1.4 kB each, and a message holds 64."""
 
 LAST = 5
 SUGGESTED = 120
@@ -36,7 +34,7 @@ def rows_after(recorder: Recorder, number: int) -> dict[str, Any]:
     """What happened after `number`, oldest first; ask again with the last row's number until nothing comes."""
     newest = recorder.ring.number
     return {
-        "rows": fitting((row.as_dict() for row in recorder.ring.after(number)), ROOM) if number < newest else [],
+        "rows": [row.as_dict() for row in recorder.ring.after(number, ROWS)] if number < newest else [],
         "number": newest,
         "lost": recorder.figures().lost,
         "forgotten": recorder.ring.forgotten,
@@ -68,19 +66,17 @@ def suggestions(live: Live, recorder: Recorder, settings: Settings) -> dict[str,
     now = live.in_force
     found = suggest(recorder.ring, now.lookup)
     made = [one for one in found if one.proposal.line]
-    lines = (
-        {"line": one.proposal.line, "count": one.count, "last": round(one.last, 3), "by": list(one.by)[:2]}
-        for one in made[:SUGGESTED]
-    )
-    skipped = (
-        {"subject": one.subject, "reason": one.proposal.reason, "count": one.count}
-        for one in found
-        if not one.proposal.line
-    )
     return {
-        "lines": fitting(lines, ROOM),
+        "lines": [
+            {"line": one.proposal.line, "count": one.count, "last": round(one.last, 3), "by": list(one.by)[:2]}
+            for one in made[:SUGGESTED]
+        ],
         "lines_total": len(made),
-        "skipped": fitting(islice(skipped, SUGGESTED // 4), ROOM // 4),
+        "skipped": [
+            {"subject": one.subject, "reason": one.proposal.reason, "count": one.count}
+            for one in found
+            if not one.proposal.line
+        ][: SUGGESTED // 4],
         "file": str(settings.policy),
         "defaults": now.loaded.source == DEFAULTS,
         "command": RELOAD,

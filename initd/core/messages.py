@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable
+from typing import Any
 
 MAX_MESSAGE = 64 * 1024
 """Bytes of one frame, newline included, in either direction."""
@@ -83,23 +80,5 @@ def result(value: dict[str, Any]) -> bytes:
 
 
 def failure(message: str, *, hint: str | None = None, code: int = 70) -> bytes:
-    """The answer to a request that was not, cut to what fits; `code` becomes the client's exit code."""
-    error = {"message": _cut(message, 48_000), "hint": None if hint is None else _cut(hint, 8_000), "code": code}
-    return frame({"ok": False, "error": error})
-
-
-def fitting(items: Iterable[Any], room: int) -> list[Any]:
-    """The first of `items` that take at most `room` bytes in a frame: an emoji takes twelve."""
-    chosen = []
-    for item in items:
-        room -= len(json.dumps(item)) + 1
-        if room < 0:
-            break
-        chosen.append(item)
-    return chosen
-
-
-def _cut(text: str, room: int) -> str:
-    while len(json.dumps(text)) > room:
-        text = text[: len(text) // 2]
-    return text
+    """The answer to a request that was not; `code` becomes the client's exit code."""
+    return frame({"ok": False, "error": {"message": message[:32_000], "hint": hint, "code": code}})
