@@ -10,11 +10,13 @@ import asyncio
 import contextlib
 import socket
 import struct
+import time
 from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from initd.core import messages
+from initd.core.throttle import Throttle
 from initd.errors import InitdError
 
 if TYPE_CHECKING:
@@ -43,6 +45,7 @@ class Control:
     def __init__(self, handle: Callable[[messages.Request, Peer], Awaitable[dict[str, Any]]], *, log: Log) -> None:
         self._handle = handle
         self._log = log
+        self._loud = Throttle(10, 20)
         self._open: Counter[int] = Counter()
         self._server: asyncio.Server | None = None
 
@@ -84,7 +87,8 @@ class Control:
             try:
                 request = messages.parse_request(frame)
             except messages.ProtocolError as error:
-                self._log.warning("control.rejected", pid=peer.pid, uid=peer.uid, reason=str(error))
+                if self._loud.allows(time.monotonic()):
+                    self._log.warning("control.rejected", pid=peer.pid, uid=peer.uid, reason=str(error))
                 writer.write(messages.failure(str(error), code=64))
                 return
             writer.write(await self._answer(request, peer))
@@ -98,7 +102,8 @@ class Control:
         except messages.ProtocolError as error:
             return messages.failure(str(error))
         except Exception:  # noqa: BLE001 - a bug in one request must not end the warden
-            self._log.exception("control.failed", op=request.op)
+            if self._loud.allows(time.monotonic()):
+                self._log.exception("control.failed", op=request.op)
             return messages.failure(f"{request.op} failed inside the warden", hint="see the box's log")
 
 

@@ -6,8 +6,8 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from initd.core.leases import Leases
-from initd.errors import InitdError
+from initd.core.leases import MOST, Leases
+from initd.errors import InitdError, KernelError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping
@@ -49,7 +49,9 @@ class Learner:
         self._loud = loud
 
     def hold(self, held: Held, *, lifetime: float, now: float) -> bool | None:
-        """Put `held` into the set for `lifetime` seconds; False when the kernel refuses, None when others had to go."""
+        """Put `held` into the set for `lifetime` seconds; False when it takes no more, None when others had to go."""
+        if not self.leases.has_room(held.name, held.addresses):
+            return self._complain("learn", len(held.addresses), KernelError(f"{MOST} leases are held already"))
         grant = self.leases.grant(held.name, held.addresses, held.services, lifetime=lifetime, now=now)
         if not self._learn(grant.insert):
             # Some may have got in before the one that did not; an element without a lease would never be taken back.

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
+from initd.core.names import NameFaultError, to_ascii
 from initd.core.policy import Service, Verdict
 from initd.core.special import special_of
 from initd.errors import ConfigError
@@ -17,6 +18,9 @@ if TYPE_CHECKING:
     from initd.core.ruleset import IPAddress
 
 _PORT = re.compile("[0-9]{0,5}")
+
+LONGEST = 300
+"""Characters of a target: a name has 253 at most."""
 
 REASONS = {
     Verdict.DENIED: "an exception line says never",
@@ -48,14 +52,19 @@ def parse_target(target: str) -> tuple[str, Service]:
         port = port.removeprefix(":")
     elif rest.count(":") == 1:
         host, _, port = rest.partition(":")
-    if proto not in {"", "tcp", "udp"} or not host or not _PORT.fullmatch(port):
+    wrong = proto not in {"", "tcp", "udp"} or not host or not _PORT.fullmatch(port)
+    if wrong or len(target) > LONGEST:
         raise ConfigError(
-            f"{target!r} is not HOST[:PORT]", hint="for example github.com:443, [2001:db8::1]:22, db:53/udp"
+            f"{target[:LONGEST]!r} is not HOST[:PORT]", hint="for example github.com:443, [2001:db8::1]:22, db:53/udp"
         )
     number = int(port or 443)
     if not 0 < number < 65536:
         raise ConfigError(f"{target!r}: a port is 1 to 65535")
-    return host.lower().rstrip("."), Service(proto or "tcp", number)
+    host = host.lower().rstrip(".")
+    try:
+        return (host if host.isascii() else to_ascii(host)), Service(proto or "tcp", number)
+    except NameFaultError as error:
+        raise ConfigError(f"{target!r}: {error.reason}", hint=error.hint) from error
 
 
 def _name(host: str, service: Service, lookup: Lookup) -> dict[str, Any]:

@@ -48,40 +48,36 @@ def writable_by(path: Path, uid: int, gid: int) -> str | None:
 
     The file itself, or a directory on the way that lets it be replaced or renamed. A mount point cannot be renamed
     (rename(2), EBUSY), so the walk ends there: this is what makes the read-only mount of the compose file hold.
+
+    Ask before the file is read: whoever can write it can also make it look as if nobody could, afterwards.
     """
     mounts = mount_points()
+    found = True
     for place in (path, *path.parents):
         try:
             status = place.lstat()
-        except FileNotFoundError:
+        except OSError:  # missing, or in a directory that is closed to us: whose is that?
+            found = False
             continue
-        except OSError:
-            return None  # a directory on the way is closed to us, and to a session more so
         if stat.S_ISLNK(status.st_mode):
             return f"{place} is a symbolic link"
         read_only = os.statvfs(place).f_flag & os.ST_RDONLY
-        if not read_only and _may_write(status, uid, gid):
+        protected = found and status.st_mode & stat.S_ISVTX  # sticky: what is there and somebody else's, inode(7)
+        if not read_only and (status.st_uid == uid or (not protected and _may_write(place, status, uid, gid))):
             return f"{place} is writable for UID {uid}"
-        if not read_only and not status.st_mode & stat.S_ISVTX and _listed_to_write(place, uid, gid):
-            return f"{place} is writable for UID {uid} by its access control list"
         if str(place) in mounts:
             return None
+        found = True
     return None
 
 
-def _may_write(status: os.stat_result, uid: int, gid: int) -> bool:
-    """An owner may always chmod first; a sticky directory protects what belongs to somebody else (inode(7))."""
-    if status.st_uid == uid:
-        return True
-    bit = stat.S_IWGRP if status.st_gid == gid else stat.S_IWOTH
-    return bool(status.st_mode & bit) and not status.st_mode & stat.S_ISVTX
+def _may_write(path: Path, status: os.stat_result, uid: int, gid: int) -> bool:
+    """By the mode, or by a POSIX ACL that names the user or the group; its mask is not looked at.
 
-
-def _listed_to_write(path: Path, uid: int, gid: int) -> bool:
-    """Whether a POSIX ACL names the user or the group with the write bit; its mask is not looked at.
-
-    Layout: linux/posix_acl_xattr.h, a version and then tag, permissions and ID of each entry.
+    Layout of an ACL: linux/posix_acl_xattr.h, a version and then tag, permissions and ID of each entry.
     """
+    if status.st_mode & (stat.S_IWGRP if status.st_gid == gid else stat.S_IWOTH):
+        return True
     try:
         entries = os.getxattr(path, "system.posix_acl_access")[4:]
     except OSError:  # none, or a file system without

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -42,6 +43,7 @@ class Operations:
         self._live = live
         self._keeping = keeping
         self.recorder = recorder
+        self._reading = asyncio.Lock()
         self._started = time.monotonic()
         self._operations: dict[str, Callable[[Request, Peer], Awaitable[dict[str, Any]]]] = {
             "status": self._status,
@@ -122,8 +124,9 @@ class Operations:
         }
 
     async def _reload(self, _request: Request, peer: Peer) -> dict[str, Any]:
-        loaded = load_policy(self._settings)
-        may_widen = peer.uid == 0 or self._writable() is None
+        async with self._reading:  # one at a time, and not on the loop: a session may have written what takes seconds
+            may_widen = peer.uid == 0 or self._writable() is None  # before the file is read: see `writable_by`
+            loaded = await asyncio.to_thread(load_policy, self._settings)
         done = await self._live.reload(loaded, may_widen=may_widen, within=RESOLVE_SECONDS)
         lists = {key: getattr(done, key) for key in ("added", "removed", "closed")}
         return {

@@ -31,6 +31,9 @@ LOOKS = 20
 LOOKUPS = 500
 """Questions to sock_diag a second, at some 30 microseconds."""
 
+PROCESSES = 200
+"""Processes of one user that are looked at; of more, nothing is said but whose they are."""
+
 _PTS = 136  # major numbers 136-143 are pseudo terminals (Documentation/admin-guide/devices.txt)
 
 
@@ -75,7 +78,7 @@ class Owners:
 
     def _described(self, uid: int, processes: list[Process]) -> Actor:
         sessions = {one.session for one in processes}
-        if len(sessions) != 1:
+        if len(sessions) != 1 or len(processes) > PROCESSES:
             return _actor(uid)
         (leader,) = sessions
         tty = next((one.tty for one in processes if one.tty), None)
@@ -95,9 +98,14 @@ class Owners:
 
 
 def processes_of(uid: int, proc: Path = Path("/proc")) -> list[Process]:
-    """Living processes of `uid`, PID 1 and ourselves left out: neither opens connections of its own."""
+    """Living processes of `uid`, PID 1 and ourselves left out: neither opens connections of its own.
+
+    Cut when there are too many to tell anything by: what a session starts must not cost us more than that.
+    """
     found: list[Process] = []
     for entry in os.scandir(proc):
+        if len(found) > PROCESSES:
+            break
         if not entry.name.isdecimal() or entry.name in {"1", str(os.getpid())}:
             continue
         try:

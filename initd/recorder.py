@@ -138,10 +138,11 @@ class Recorder:
         actor = self._owners.of(
             packet.proto, (packet.source, packet.sport or 0), (packet.destination, packet.dport or 0), uid=packet.uid
         )
-        leases = sorted(self._leases_of(packet.destination), key=lambda lease: not lease.services)
-        listed = bool(leases and leases[0].services)
+        leases = self._leases_of(packet.destination)
+        lease = next((one for one in leases if one.services), leases[0] if leases else None)
+        listed = lease is not None and lease.services
         reason = "special" if special_of(packet.destination) else "port" if listed else "unlisted"
-        subject = leases[0].name if leases else address
+        subject = address if lease is None else lease.name
         allowed = packet.prefix.endswith("audit")
         self._note(
             Event("connection", subject, packet.proto, reason, address, packet.dport, allowed=allowed, actor=actor)

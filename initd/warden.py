@@ -6,7 +6,9 @@ lockdown stays. A later warden (generation 2 and up) takes over rules that are i
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 from typing import TYPE_CHECKING
 
 from initd.enforce import Enforcer
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
 def main() -> int:
     """Lock down before anything else is imported, read or asked, then serve until told to stop."""
     settings = load(os.environ)
+    _make_room()
     try:
         handover = take_over(os.environ)
         backend, probe = pick(settings.backend)
@@ -35,6 +38,13 @@ def main() -> int:
     except InitdError as error:
         _leave_word(settings, error)
         raise
+
+
+def _make_room() -> None:
+    """As many descriptors as we may have: a slow resolver alone can take a thousand, and then nobody could ask us."""
+    with contextlib.suppress(OSError, ValueError):
+        hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _leave_word(settings: Settings, error: InitdError) -> None:

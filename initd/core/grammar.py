@@ -48,8 +48,11 @@ class FaultError(Exception):
         self.hint = hint
 
     def offset_in(self, entry: str) -> int:
-        """Characters of `entry` before the bad part; 0 when the part is not there as it was written."""
-        return self.at if isinstance(self.at, int) else max(entry.find(self.at), 0)
+        """Characters of `entry` before the bad part; 0 when the part is not there as it was written.
+
+        What is missing at the end is pointed to by the last character.
+        """
+        return min(self.at, len(entry) - 1) if isinstance(self.at, int) else max(entry.find(self.at), 0)
 
 
 class Target(NamedTuple):

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
     from initd.core.policy import Service
     from initd.core.ruleset import IPAddress
 
-MAX_SAVED = 65536
+MOST = 65536
+"""Leases at the same time, as many as the kernel's set has elements; names below one wildcard may share an address."""
+
+MAX_SAVED = MOST
 """Addresses that are taken from a saved state."""
 
 
@@ -35,6 +38,16 @@ class Lease:
         self.address = address
         self.services = services
         self.expires = expires
+
+
+class _Use:
+    """How many leases use one service of an address, and until when at most: no lease has to be asked for that."""
+
+    __slots__ = ("leases", "until")
+
+    def __init__(self) -> None:
+        self.leases = 0
+        self.until = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,10 +87,12 @@ class Leases:
         self.terms = terms or Terms()
         self._by_name: dict[str, dict[IPAddress, Lease]] = {}  # inner: least recently answered first
         self._by_address: dict[IPAddress, dict[str, Lease]] = {}
+        self._uses: dict[IPAddress, dict[Service, _Use]] = {}
         self._in_use: Collection[IPAddress] = frozenset()
+        self._count = 0
 
     def __len__(self) -> int:
-        return sum(len(held) for held in self._by_name.values())
+        return self._count
 
     def __iter__(self) -> Iterator[Lease]:
         return (lease for held in self._by_name.values() for lease in held.values())
@@ -93,6 +108,11 @@ class Leases:
     def addresses_of(self, name: str) -> tuple[IPAddress, ...]:
         """Addresses that `name` holds, least recently answered first."""
         return tuple(self._by_name.get(name, ()))
+
+    def has_room(self, name: str, addresses: Collection[IPAddress]) -> bool:
+        """Whether the leases that an answer adds stay within `MOST`; one that adds none always does."""
+        fresh = len(addresses) - sum(address in self._by_name.get(name, ()) for address in addresses)
+        return not fresh or self._count + fresh <= MOST
 
     def grant(
         self, name: str, addresses: Iterable[IPAddress], services: frozenset[Service], *, lifetime: float, now: float
@@ -115,11 +135,11 @@ class Leases:
         for address in grant.addresses:
             lease = held.pop(address, None)
             if lease is None:
-                lease = Lease(grant.name, address, grant.services, grant.expires)
+                lease = Lease(grant.name, address, frozenset(), grant.expires)
                 self._by_address.setdefault(address, {})[grant.name] = lease
-            else:
-                lease.services = grant.services
-                lease.expires = max(lease.expires, grant.expires)
+                self._count += 1
+            lease.expires = max(lease.expires, grant.expires)
+            self._use(lease, grant.services)
             held[address] = lease
         excess = len(held) - self.terms.cap
         if excess <= 0:
@@ -142,7 +162,7 @@ class Leases:
             before += [_element(lease.address, service) for service in lease.services - services]
             if lease.expires > now:  # a time-out of 0 would mean for ever (ipset(8))
                 gained += self._elements(lease.address, services - lease.services, expires=lease.expires, now=now)
-            lease.services = services
+            self._use(lease, services)
             if not services:
                 removed.append(lease)
         self._remove(removed)
@@ -160,6 +180,7 @@ class Leases:
         for lease in self:
             if lease.address in in_use and lease.expires <= now + self.terms.sweep:
                 lease.expires = longer
+                self._use(lease, lease.services)
                 extend += self._elements(lease.address, lease.services, expires=longer, now=now)
             elif lease.expires <= now:
                 over.append(lease)
@@ -174,23 +195,32 @@ class Leases:
 
     def needs(self, element: Element) -> bool:
         """Whether some lease needs `element` in the kernel."""
-        holders = self._by_address.get(element.network.network_address, {})
-        return any(
-            service.port == element.port and service.proto == element.proto
-            for lease in holders.values()
-            for service in lease.services
-        )
+        uses = self._uses.get(element.network.network_address, {})
+        return any(service.port == element.port and service.proto == element.proto for service in uses)
+
+    def _use(self, lease: Lease, services: frozenset[Service]) -> None:
+        """Let `lease` have `services`, until it expires."""
+        uses = self._uses.setdefault(lease.address, {})
+        for service in lease.services - services:
+            uses[service].leases -= 1
+            if not uses[service].leases:
+                del uses[service]
+        for service in services - lease.services:
+            uses.setdefault(service, _Use()).leases += 1
+        for service in services:
+            uses[service].until = max(uses[service].until, lease.expires)
+        if not uses:
+            del self._uses[lease.address]
+        lease.services = services
 
     def _elements(
         self, address: IPAddress, services: Iterable[Service], *, expires: float, now: float
     ) -> list[tuple[Element, int]]:
-        others = self._by_address.get(address)
+        uses = self._uses.get(address, {})
         network = _network(address)
         elements = []
         for service in services:
-            last = expires
-            if others:
-                last = max(last, *(one.expires for one in others.values() if service in one.services), 0.0)
+            last = max(expires, uses[service].until) if service in uses else expires
             elements.append((Element(network, service.proto, service.port), math.ceil(last - now)))
         return elements
 
@@ -206,7 +236,9 @@ class Leases:
             del holders[lease.name]
             if not holders:
                 del self._by_address[lease.address]
+            self._count -= 1
             elements.update((_element(lease.address, service), None) for service in lease.services)
+            self._use(lease, frozenset())
         return [element for element in elements if not self.needs(element)]
 
 

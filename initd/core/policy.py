@@ -220,24 +220,35 @@ def widens(old: Policy, new: Policy) -> tuple[str, ...]:
 
 
 def _wider_ranges(old: Policy, new: Policy) -> dict[str, frozenset[Service]]:
+    """Costs one look a service of a rule, and one a prefix length where the old policy lists that service at all."""
+    held: dict[Service, list[IPNetwork]] = {}
+    for rule in old.ranges:
+        for service in rule.services:
+            held.setdefault(service, []).append(rule.network)
+    covered = {service: frozenset(map(_key, _collapsed(networks))) for service, networks in held.items()}
     wider: dict[str, frozenset[Service]] = {}
-    for service in sorted({service for rule in new.ranges for service in rule.services}):
-        covered = _collapsed(rule.network for rule in old.ranges if service in rule.services)
-        for rule in new.ranges:
-            if service in rule.services and not _covered(rule.network, covered):
-                wider[subject(rule)] = wider.get(subject(rule), frozenset()) | {service}
+    for rule in new.ranges:
+        extra = {one for one in rule.services if one not in covered or not _covered(rule.network, covered[one])}
+        if extra:
+            wider[subject(rule)] = wider.get(subject(rule), frozenset()) | extra
     return wider
 
 
-def _collapsed(networks: Iterable[IPNetwork]) -> frozenset[IPNetwork]:
+def _collapsed(networks: Iterable[IPNetwork]) -> Iterable[IPNetwork]:
     every = list(networks)
     four = collapse_addresses(one for one in every if isinstance(one, IPv4Network))
     six = collapse_addresses(one for one in every if isinstance(one, IPv6Network))
-    return frozenset((*four, *six))
+    return (*four, *six)
 
 
-def _covered(network: IPNetwork, by: frozenset[IPNetwork]) -> bool:
-    return any(network.supernet(new_prefix=length) in by for length in range(network.prefixlen, -1, -1))
+def _key(network: IPNetwork) -> tuple[int, int, int]:
+    return network.version, network.prefixlen, int(network.network_address) >> network.max_prefixlen - network.prefixlen
+
+
+def _covered(network: IPNetwork, by: frozenset[tuple[int, int, int]]) -> bool:
+    """Whether `network` or one that holds it is in `by`; as numbers, since there are up to 129 of them."""
+    version, length, first = _key(network)
+    return any((version, length - less, first >> less) in by for less in range(length + 1))
 
 
 # ---- canonical text

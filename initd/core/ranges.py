@@ -31,7 +31,7 @@ _EMBEDDED: tuple[tuple[IPv6Network, int, str], ...] = (
 
 _MAPPED = IPv6Network("::ffff:0:0/96")
 _THIS_HOST = IPv4Network("0.0.0.0/8")
-_DIGITS = re.compile(r"[0-9.]*[0-9][0-9.]*(?:/.*)?", re.DOTALL)
+_DIGITS = re.compile(r"\.*[0-9][0-9.]*(?:/.*)?", re.DOTALL)
 
 
 class RangeFaultError(Exception):

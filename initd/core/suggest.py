@@ -16,7 +16,18 @@ if TYPE_CHECKING:
     from initd.core.policy import Lookup
 
 HTTPS = Service("tcp", 443)
-METADATA = frozenset(map(ip_address, ("169.254.169.254", "100.100.100.200", "fd00:ec2::254")))
+METADATA = frozenset(
+    map(
+        ip_address,
+        (
+            "169.254.169.254",  # most clouds
+            "169.254.170.2", "169.254.170.23", "fd00:ec2::254", "fd00:ec2::23",  # Amazon's EC2, ECS and EKS
+            "168.63.129.16",  # Azure's WireServer
+            "100.100.100.200",  # Alibaba
+            "fd20:ce::254",  # Google
+        ),
+    )
+)  # fmt: skip
 """Cloud metadata services: their credentials are never what an agent should have."""
 
 _CARRIED = frozenset({"A", "AAAA"})
@@ -67,11 +78,19 @@ def propose(host: str, services: Iterable[Service], lookup: Lookup) -> Proposal:
         if ports := ",".join(str(one.port) for one in missing if one.proto == proto):
             made.append(f"{shown}:{ports}{suffix}")
     line = "\n".join(made)
+    trouble = _trouble(line, host)
+    return Proposal(None, f"no line can allow it: {trouble}") if trouble else Proposal(line)
+
+
+def _trouble(line: str, host: str) -> str | None:
+    """Why `line` does not allow `host` and nothing else: a label may hold any byte, and spell `10.0.0.0/8`."""
     try:
-        parse(line)
+        policy = parse(line)
     except PolicyError as error:
-        return Proposal(None, f"no line can allow it: {error.issues[0].reason}")
-    return Proposal(line)
+        return error.issues[0].reason
+    ranges = any(rule.network.prefixlen < rule.network.max_prefixlen for rule in policy.ranges)
+    names = any(rule.wildcard or rule.name != host for rule in policy.names)
+    return "it is no host name" if ranges or names or policy.feeds or policy.denials else None
 
 
 def suggest(rows: Iterable[Row], lookup: Lookup) -> list[Suggestion]:

@@ -82,7 +82,7 @@ def lockdown(version: int, warden_uid: int) -> Chains:
     if version == 4:
         engine = [_owned(warden_uid, destination=ENGINE_DNS), *_reject(4, destination=ENGINE_DNS)]
     return {
-        HOOKS["OUTPUT"]: (*discovery, *engine, Rule("ACCEPT", outside="lo"), *_reject(version)),
+        HOOKS["OUTPUT"]: (*discovery, *_OURS, *engine, Rule("ACCEPT", outside="lo"), *_reject(version)),
         HOOKS["INPUT"]: (Rule("ACCEPT", inside="lo"), *discovery, *_reject(version)),
         HOOKS["FORWARD"]: _reject(version),
     }
@@ -93,6 +93,8 @@ def chains(version: int, ruleset: Ruleset) -> Chains:
     special = (_in_set(version, "special"), _in_set(version, "learned", negated=True))
     output = (
         *_discovery(version),
+        *_OURS,
+        *((_STAND_IN,) if version == 4 else ()),
         *_warden(version, ruleset),
         *(_owned(0, proto=proto, port=53) for proto in ("udp", "tcp") if ruleset.engine_dns),
         *(_reject(4, destination=ENGINE_DNS) if version == 4 else ()),
@@ -140,6 +142,22 @@ def _log(prefix: str, *, proto: str | None = None, matches: tuple[tuple[str, Opt
     where = (("nflog-prefix", (prefix,)), ("nflog-group", (str(NFLOG_GROUP),)))
     return (Rule("NFLOG", where, proto=proto, matches=(*matches, limit)),)
 
+
+FOREIGN = Rule("DROP", matches=(("addrtype", (("src-type", ("!", "LOCAL")),)),))
+_OURS = (Rule("ACCEPT", outside="lo", proto="tcp", matches=(("tcp", (("tcp-flags", ("RST", "RST")),)),)), FOREIGN)
+"""A source that is not ours, which IPv6 lets everybody have (IPV6_FREEBIND; ipv6_can_nonlocal_bind()).
+
+Sent to ourselves it would have connection tracking know a flow from there, and what we answer would be established.
+Dropped: a refusal would go to that source, and quote what was sent. But the resets with which we refuse come from where
+the refused went, and no reset begins a flow (nf_conntrack_proto_tcp.c, tcp_conntracks).
+"""
+
+_STAND_IN = Rule("DROP", source=ENGINE_DNS, matches=(("conntrack", (("ctdir", ("ORIGINAL",)),)),))
+"""The engine's resolver only answers, and from another port than 53.
+
+Whoever sent from 127.0.0.11:53 to ports that the warden will ask from would have connection tracking take its questions
+for answers to that: they would not be rewritten to the engine's port, and reach him.
+"""
 
 _RESET = Rule(
     "ACCEPT",

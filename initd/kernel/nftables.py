@@ -42,6 +42,7 @@ _TRIALS: dict[str, tuple[str, str]] = {
     "owner": ("meta skuid 1 accept", "matching a packet's user (meta skuid)"),
     "conntrack": ("ct state established accept", "connection tracking"),
     "reject": ("meta l4proto 6 reject with tcp reset; add rule {} reject with icmpx admin-prohibited", "reject"),
+    "source": ("fib saddr type != local drop", "telling foreign sources from our own (nft_fib_inet)"),
     "nflog": ("limit rate 10/second log group 1", "NFLOG: refusals cannot be explained"),
     "nfqueue": ("queue num 1 bypass", "NFQUEUE"),
 }

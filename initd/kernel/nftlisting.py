@@ -45,6 +45,9 @@ def _left(node: Node) -> str:
             return key if key in {"iifname", "oifname"} else f"meta {key}"
         if kind == "ct" and set(body) == {"key"}:
             return f"ct {body['key']}"
+        if kind == "fib" and set(body) == {"result", "flags"}:
+            flags = body["flags"] if isinstance(body["flags"], list) else [body["flags"]]
+            return f"fib {' . '.join(flags)} {body['result']}"
     return json.dumps(node, sort_keys=True)
 
 
@@ -81,6 +84,7 @@ _STATEMENTS: dict[str, Callable[[Node], str]] = {
     "log": _log,
     "goto": lambda body: f"goto {body['target']}",
     "accept": lambda _: "accept",
+    "drop": lambda _: "drop",
 }
 
 

@@ -28,6 +28,16 @@ LEARNED_SIZE = 65536
 ENGINE_DNS = "127.0.0.11"
 _FAMILIES = ((4, "ip"), (6, "ip6"))
 _NEIGHBOUR = "icmpv6 type { nd-neighbor-advert, nd-neighbor-solicit, nd-router-advert, nd-router-solicit } accept"
+_OURS = ('oifname "lo" tcp flags rst accept', 'fib saddr type != local counter name "unlisted" drop')
+"""A source that is not ours, which IPv6 lets everybody have (IPV6_FREEBIND; ipv6_can_nonlocal_bind()).
+
+Sent to ourselves it would have connection tracking know a flow from there, and what we answer would be established.
+Dropped: a refusal would go to that source, and quote what was sent. But the resets with which we refuse come from where
+the refused went, and no reset begins a flow (nf_conntrack_proto_tcp.c, tcp_conntracks)."""
+_STAND_IN = f'ip saddr {ENGINE_DNS} ct direction original counter name "dns" drop'
+"""The engine's resolver only answers, and from another port than 53. Whoever sent from 127.0.0.11:53 to ports that the
+warden will ask from would have connection tracking take its questions for answers to that: they would not be rewritten
+to the engine's port, and reach him."""
 _ESTABLISHED = ("ct state established accept", "ct state related meta l4proto { 1, 58 } accept")
 _NO_RIDING = ("ct state established udp dport != 53 accept", "ct state established meta l4proto != 17 accept")
 """UDP to port 53 is judged packet by packet. Connection tracking knows a UDP flow by its addresses and ports alone, for
@@ -108,6 +118,8 @@ def _listed(kind: str) -> Iterator[str]:
 
 def _output(ruleset: Ruleset) -> Iterator[str]:
     yield _NEIGHBOUR
+    yield from _OURS
+    yield _STAND_IN
     yield from _warden(ruleset)
     if ruleset.engine_dns:
         yield "meta skuid 0 meta l4proto { 6, 17 } th dport 53 accept"
@@ -170,6 +182,7 @@ def locked(warden_uid: int) -> Rules:
     return {
         "output": (
             _NEIGHBOUR,
+            *_OURS,
             f"meta skuid {warden_uid} ip daddr {ENGINE_DNS} accept",
             f'ip daddr {ENGINE_DNS} counter name "dns" goto refuse',
             'oifname "lo" accept',

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from initd.errors import KernelError
 from initd.kernel import libiptc
 from initd.kernel.base import Probe
-from initd.kernel.chains import Rule
+from initd.kernel.chains import FOREIGN, Rule
 from initd.kernel.ipset import SetSpec, SetWriter
 
 if TYPE_CHECKING:
@@ -21,7 +21,9 @@ _OPTIONAL = frozenset({"nflog", "nfqueue"})
 def attempt(backend: Xtables) -> Probe:
     """A `Probe` that names each absent kernel part. Raises PrivilegeError when it is us who may not."""
     missing: dict[str, str] = {}
-    can = dict.fromkeys(("ipv4", "ipv6", "sets", "timeouts", "owner", "conntrack", "reject", "nflog", "nfqueue"), True)
+    can = dict.fromkeys(
+        ("ipv4", "ipv6", "sets", "timeouts", "owner", "conntrack", "reject", "source", "nflog", "nfqueue"), True
+    )
     can["ipv6"] = 6 in backend.versions
     for version in backend.versions:
         for part, capability, complaint in _family(version):
@@ -65,6 +67,7 @@ def _rules(version: int, set_name: str | None) -> list[tuple[str, str, str]]:
             Rule("ACCEPT", matches=(("conntrack", (("ctstate", ("ESTABLISHED",)),)),)),
         ),
         (f"{icmp}t_REJECT", "reject", Rule("REJECT", (("reject-with", ("tcp-reset",)),), proto="tcp")),
+        ("xt_addrtype", "source", FOREIGN),
         ("xt_NFLOG", "nflog", Rule("NFLOG", (("nflog-group", ("1",)),))),
         ("xt_NFQUEUE", "nfqueue", Rule("NFQUEUE", (("queue-num", ("0",)),))),
     ]

@@ -36,7 +36,7 @@ _HALVES = {
     for version, every in ((4, "0.0.0.0/0"), (6, "::/0"))
 }
 """Every address; no set can hold a prefix length of 0."""
-_COUNTED = re.compile(r"\[(\d+):\d+\] -A (INITD-\S+) (.*-j REJECT .*)")
+_COUNTED = re.compile(r"\[(\d+):\d+\] -A (INITD-\S+) (.*-j (?:REJECT|DROP).*)")
 
 
 class Xtables:
@@ -251,7 +251,7 @@ def _ours(text: str) -> dict[str, tuple[str, ...]]:
 def _reason(chain: str, rule: str) -> str:
     if chain != rules.HOOKS["OUTPUT"]:
         return "input" if chain == rules.HOOKS["INPUT"] else "forward"
-    if f"-d {rules.ENGINE_DNS} " in rule:
+    if f" {rules.ENGINE_DNS} " in rule:
         return "dns"
     return "special" if "-special " in rule else "unlisted"
 

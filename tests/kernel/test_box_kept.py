@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -140,6 +141,19 @@ def test_what_is_asked_while_there_is_no_warden_the_next_one_answers(box: Callab
     assert asking.returncode == 0
     assert json.loads(out)["generation"] == 2
     eventually(lambda: not Path(f"/proc/{one.pid}/root/run/initd/restarting").exists(), "the word taken back")
+
+
+# Descriptors
+
+
+def test_the_warden_takes_all_descriptors_that_it_may(lab: Lab) -> None:
+    """Engines give 1,024 and allow more: about what a resolver that does not answer takes under a flood."""
+    one = lab.box(policy="site.example\n", argv=("/usr/bin/prlimit", "--nofile=512:2048", str(product.INITD)))
+    one.start()
+    limits = {role: Path(f"/proc/{pid}/limits").read_text() for role, pid in one.pids().items()}
+    files = {role: re.findall(r"open files +(\d+) +(\d+)", text) for role, text in limits.items()}
+    few, all_ = [("512", "2048")], [("2048", "2048")]
+    assert files == {"init": few, "keeper": few, "warden": all_}
 
 
 # Memory

@@ -53,6 +53,24 @@ for _ in range(int(sys.argv[2])):
 print(json.dumps(codes))
 """
 
+# Asks for a reload of a policy that takes a while to parse, and closes its directory as soon as it was read.
+CLOSES = """
+import ctypes, os, socket, threading
+folder = "/workspace/.aidevcontainer"
+path, CLOSED = f"{folder}/allowed-domains.txt", 0x10  # IN_CLOSE_NOWRITE, inotify(7)
+with open(path, "w") as file:
+    file.write("site.example\\nother.example\\n" + "".join(f"!n{n}.example\\n" for n in range(8000)))
+libc = ctypes.CDLL(None)
+watch = libc.inotify_init1(0)
+libc.inotify_add_watch(watch, path.encode(), CLOSED)
+with socket.socket(socket.AF_UNIX) as sock:
+    sock.connect("/run/initd/control.sock")
+    sock.sendall(b'{"op":"reload"}\\n')
+    os.read(watch, 4096)
+    os.chmod(folder, 0)
+    print(sock.makefile().readline())
+"""
+
 
 def python(*arguments: str) -> list[str]:
     return [str(product.PYTHON), "-I", "-c", *arguments]
@@ -237,6 +255,29 @@ def test_a_session_that_may_write_the_policy_may_only_narrow_it(lab: Lab) -> Non
     assert box.fwctl("reload", user="session").returncode in {77, 78}
     assert reload(box, "site.example\nother.example\n")["added_total"] == 1, "root may"
     assert attempt(box, ("tcp", "other.example", 443)).error is None
+
+
+def test_a_session_cannot_hide_that_it_may_write_the_policy(lab: Lab) -> None:
+    box = lab.box(policy="site.example\n", policy_writable=True)
+    box.start()
+    done = box.exec(python(CLOSES))
+    answer = json.loads(done.stdout)
+    assert (answer["ok"], answer.get("error", {}).get("code")) == (False, 77), done.stderr
+    assert attempt(box, ("tcp", "other.example", 443)).error == "EAI_NONAME"
+
+
+def test_a_policy_that_takes_long_to_read_keeps_nobody_waiting(lab: Lab) -> None:
+    box = lab.box(policy="site.example\n", policy_writable=True)
+    box.start()
+    box.write_policy("@githuX\n" * 20_000)
+    many = [box.popen(python(RELOADS, f"{RUN}/control.sock", "1")) for _ in range(6)]
+    time.sleep(0.3)
+    begin = time.monotonic()
+    assert box.status()["generation"] == 1
+    assert time.monotonic() - begin < 2.0
+    assert any(one.poll() is None for one in many), "the control: they are being read"
+    for one in many:
+        assert json.loads(one.communicate(timeout=30)[0]) == {"78": 1}
 
 
 def test_a_session_may_reload_what_only_others_can_write(scene: tuple[Lab, Box]) -> None:

@@ -130,7 +130,7 @@ def test_the_policy_in_force_survives_and_the_file_does_not_count(lab: Lab) -> N
     tried = attempt_all(box, [("tcp", name, 443) for name in names])
     assert [one.error for one in tried] == [None, "EAI_NONAME", "ECONNREFUSED", "EAI_NONAME"]
     assert box.fwctl("reload").returncode == 0
-    assert attempt(box, ("tcp", "other.example", 443)).error is None, "now somebody has asked"
+    assert attempt(box, ("tcp", "other.example", 443)).error is None, "negative control: now somebody has asked"
 
 
 def test_ranges_that_were_fetched_stay(lab: Lab) -> None:

@@ -162,7 +162,7 @@ def test_garbage_on_the_control_socket(scene: Scene) -> None:
     for frame, answer in zip(frames, scene.send(*frames), strict=True):
         assert not answer.startswith('{"ok":true'), frame[:60]
     (good,) = scene.send('{"op":"status"}\n')
-    assert good.startswith('{"ok":true'), "the same way in works for what is a request"
+    assert good.startswith('{"ok":true'), "negative control: the same way in works for what is a request"
 
 
 def test_a_session_may_reload_a_policy_that_it_cannot_write(scene: Scene) -> None:

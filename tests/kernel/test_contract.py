@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 import select
@@ -174,6 +175,37 @@ def test_engine_resolver_is_for_the_warden(backend, wire, flavour):
     assert apart(wire.do(tries, ENGINE, SESSION), "refused") == []
     assert apart(wire.do(tries, ENGINE, 0), "refused") == []
     assert apart(wire.do(tries, ENGINE[:4], WARDEN), "open") == []
+
+
+def standing_in() -> tuple[str, str]:
+    """Who hears a question of the warden's, and what it is told, when a session sends from 127.0.0.11:53 beforehand."""
+    with as_user(SESSION):
+        session = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        session.bind(("127.0.0.11", 53))
+    with as_user(WARDEN):
+        warden = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+    with session, warden:
+        warden.bind(("127.0.0.1", 0))
+        with contextlib.suppress(PermissionError):
+            session.sendto(b"early", warden.getsockname())
+            warden.recv(16)
+        warden.connect(("127.0.0.11", 53))
+        warden.settimeout(1)
+        warden.send(b"question")
+        heard = [session] if select.select([session], [], [], 0.2)[0] else []
+        for one in heard:
+            one.sendto(b"false", one.recvfrom(16)[1])
+        return ("the session" if heard else "the engine"), warden.recv(16).decode()
+
+
+@pytest.mark.parametrize("flavour", ["legacy", "nft"])
+def test_nobody_stands_in_for_the_engine_resolver(backend, wire, flavour):
+    docker(wire, flavour)
+    wire.shell("sysctl", "-qw", "net.ipv4.ip_unprivileged_port_start=0")  # as engines do
+    wire.background(engine)
+    assert wire.do(standing_in) == ("the session", "false"), "negative control"
+    wire.do(lambda: armed(backend, Ruleset(WARDEN, upstreams=frozenset({Endpoint(ip_address("127.0.0.11"))}))) and None)
+    assert wire.do(standing_in) == ("the engine", "question")
 
 
 def test_lockdown_refuses_everything(backend, wire):

@@ -5,6 +5,7 @@ Each test holds its negative control: the same client, the same question, refuse
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import product
+from tests.support import holding, product
 from tests.support.box import Box
 from tests.support.lab import Lab
 from tests.support.remote import RESOLVER4, RESOLVER6, SILENT4, THIRD4
@@ -75,6 +76,19 @@ def connects(box: Box, *targets: str) -> list[str]:
     return run(box, "connects", *targets)
 
 
+@contextlib.contextmanager
+def listing(box: Box, more: str) -> Iterator[None]:
+    """The box with `more` listed as well, for as long as it takes."""
+    try:
+        for text in (POLICY + more, POLICY):
+            box.write_policy(text)
+            assert box.fwctl("reload").returncode == 0
+            if text != POLICY:
+                yield
+    finally:
+        box.write_policy(POLICY)
+
+
 @pytest.fixture(scope="module", params=["xtables", "nftables"])
 def whole(request: pytest.FixtureRequest) -> Iterator[tuple[Lab, Box]]:
     """One box for the tests that only look; each backend in a lab of its own, because rules outlive their box."""
@@ -110,6 +124,22 @@ class TestBeforeTheAnswer:
         assert run(box, "crowd", "crowd.wild.example", "50") == ["ok"] * 50
         assert len(lab.dns.queries("crowd.wild.example")) == 1
 
+    def test_that_client_notices_an_address_that_is_not_there_yet(self, guarded):
+        """Negative control: somebody takes what was learned out again, all the time."""
+        lab, box = guarded
+        nft = box.status()["backend"] == "nftables"
+        flush = ["nft", "flush", "set", "inet", "initd"] if nft else ["ipset", "flush"]
+        argv = [str(product.PYTHON), "-S", str(CLIENT), "chase", "hasty.wild.example", "400"]
+        with box.popen(argv) as client:
+            while client.poll() is None:
+                assert lab.exec([*flush, "initd4-learned"]).returncode == 0
+            assert client.stdout is not None
+            assert json.loads(client.stdout.read())["failures"] > 0
+        assert box.fwctl("reload").returncode == 0  # what is cached is put into the set again
+
+
+SERVERS = (RESOLVER4, RESOLVER6, THIRD4, "203.0.113.10", "192.0.2.99")
+
 
 class TestNothingElseGetsOut:
     NAMES = (
@@ -135,13 +165,21 @@ class TestNothingElseGetsOut:
         assert ask(box, "control.wild.example/1")[0][0] == 0
         assert [query.name for query in lab.dns.queries()] == ["control.wild.example"]
 
+    def test_the_same_questions_go_upstream_once_they_are_listed(self, guarded):
+        """Negative control."""
+        lab, box = guarded
+        with listing(box, "evil.example\n*.evil.example\nwww.site.example\n"):
+            ask(box, *(f"{name}/1" for name in self.NAMES))
+            asked = {query.name.lower() for query in lab.dns.queries()}
+        assert asked == {"evil.example", "payload.site.example.evil.example", "www.site.example"}
+        assert lab.packets()
+
     def test_no_other_server_can_be_asked_not_even_an_upstream(self, guarded):
         lab, box = guarded
-        servers = (RESOLVER4, RESOLVER6, THIRD4, "203.0.113.10", "192.0.2.99")
-        answers = ask(box, *(f"site.example/1/{one}/{how}/0.5" for one in servers for how in ("udp", "tcp")))
+        answers = ask(box, *(f"site.example/1/{one}/{how}/0.5" for one in SERVERS for how in ("udp", "tcp")))
         assert not any(isinstance(rcode, int) for rcode, _, _ in answers), answers
         assert all(seconds < 0.1 for _, _, seconds in answers)
-        assert set(connects(box, *(f"{one}/853" for one in servers))) == {"ConnectionRefusedError"}
+        assert set(connects(box, *(f"{one}/853" for one in SERVERS))) == {"ConnectionRefusedError"}
         assert lab.dns.queries() == []
         assert lab.packets() == []
 
@@ -189,6 +227,15 @@ class TestSpecialAddresses:
         _, box = guarded
         assert ask(box, "stray.example/1")[0][1] == ["203.0.113.94"]
         assert connects(box, "203.0.113.94/443", "203.0.113.95/443") == ["ok", "ConnectionRefusedError"]
+
+    def test_both_are_let_through_once_they_are_listed(self, guarded):
+        """Negative control."""
+        lab, box = guarded
+        lab.dns.set("other.example", {"A": "203.0.113.95"})
+        with listing(box, "10.9.9.9\nother.example\n"):
+            assert set(ask(box, "rebind.example/1")[0][1]) == {"203.0.113.92", "10.9.9.9"}
+            assert ask(box, "other.example/1")[0][1] == ["203.0.113.95"]
+            assert connects(box, "10.9.9.9/443", "203.0.113.95/443") == ["ok"] * 2
 
 
 class TestUpstream:
@@ -321,6 +368,21 @@ class TestWardenKilled:
         assert connects(box, *learned, "203.0.113.66/443") == ["ok"] * 3 + ["ConnectionRefusedError"]
         assert [query for query in lab.dns.queries() if query.name == "evil.example"] == []
         assert ask(box, "evil.example/1")[0][0] == 3
+
+
+class TestWithoutTheRules:
+    def test_the_same_attempts_get_out(self, guarded):
+        """Last of those that share the box, which it leaves open: the negative control of who may be asked."""
+        lab, box = guarded
+        holding.flush(lab, box.status()["backend"])
+        servers = SERVERS[:3]
+        answers = ask(box, *(f"site.example/1/{one}/{how}/2" for one in servers for how in ("udp", "tcp")))
+        assert {rcode for rcode, _, _ in answers} == {0}
+        assert {query.server for query in lab.dns.queries()} == set(servers)
+        for how in ("udp", "tcp"):
+            lab.clear()
+            run(box, "ride", RESOLVER4, how, "40000")
+            assert lab.packets(to=RESOLVER4, port=53, proto=how)
 
 
 class TestResolvConf:

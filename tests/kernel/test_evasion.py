@@ -10,7 +10,7 @@ import pytest
 
 from initd.core.ruleset import Ruleset
 from tests.kernel.test_contract import LISTED4, LISTED6, SPECIAL, UNLISTED, apart, armed, tries
-from tests.kernel.wire import BOX4, BOX6, SESSION, WARDEN, attempt, run
+from tests.kernel.wire import BOX4, BOX6, SESSION, WARDEN, as_user, attempt, run
 
 pytestmark = pytest.mark.kernel
 
@@ -51,6 +51,23 @@ def extended(target: str, kind: int) -> str:
     return send6(target, bytes([6, 0, 1, 4, 0, 0, 0, 0]) + _SYN, kind)
 
 
+def source_routed4(target: str) -> str:
+    """To `target`, which is to pass it on to an unlisted address (loose source route, RFC 791); only root may."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.setsockopt(socket.IPPROTO_IP, socket.IP_OPTIONS, bytes([131, 7, 4]) + socket.inet_aton(target) + b"\0")
+        return _sent(sock, b"x", (UNLISTED4, 443))
+
+
+def source_routed6(target: str) -> str:
+    """The same by a segment routing header (RFC 8754), which IPv6 lets everybody set."""
+    segments = b"".join(socket.inet_pton(socket.AF_INET6, one) for one in (UNLISTED6, target))
+    with as_user(SESSION):
+        sock = socket.socket(socket.AF_INET6, socket.SOCK_DGRAM)
+        sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_RTHDR, bytes([0, 4, 4, 1, 1, 0, 0, 0]) + segments)
+    with sock:
+        return _sent(sock, b"x", (UNLISTED6, 443))
+
+
 def fragmented6(target: str, *, offset: int, more: bool) -> str:
     part = _DATAGRAM[offset : offset + 24] if more else _DATAGRAM[offset:]
     return send6(target, struct.pack("!BBHI", 17, 0, offset | more, 99) + part, 44)
@@ -59,6 +76,8 @@ def fragmented6(target: str, *, offset: int, more: bool) -> str:
 CRAFTED = {
     "hop-by-hop": lambda four, six: extended(six, 0),
     "destination options": lambda four, six: extended(six, 60),
+    "source route 4": lambda four, six: source_routed4(four),
+    "source route 6": lambda four, six: source_routed6(six),
     "whole fragments 4": lambda four, six: (
         send4(four, _DATAGRAM[:24], proto=17, more=True),
         send4(four, _DATAGRAM[24:], proto=17, offset=24),
@@ -92,7 +111,9 @@ def test_crafted_packets_do_not_leave(backend, wire, name):
     wire.do(craft, LISTED4, LISTED6)
     time.sleep(0.05)
     if name in CRAFTED:
-        assert wire.arrived(), "and to what is listed it goes through"
+        went = {where for where, _ in wire.arrived()}
+        assert went, "and to what is listed it goes through"
+        assert went <= {LISTED4, LISTED6}
     else:
         assert wire.arrived() == [], "a part alone has no port to be judged by; no other protocol is ever listed"
 
@@ -166,4 +187,42 @@ def test_a_session_cannot_use_the_warden_s_ports_by_binding_its_source(backend, 
     assert wire.arrived(), "negative control"
     outcomes = wire.do(body)
     assert "sent" not in outcomes
+    assert wire.arrived() == []
+
+
+def spoofing(peer: str, *, answered: bool = False) -> None:
+    """As a session: from UNLISTED6, which is not ours, to `peer`; with `answered` `peer` is ourselves and answers.
+
+    IPV6_FREEBIND (78, ipv6(7)) needs no privilege. The answer to a flow that came from there would be established.
+    """
+    with as_user(SESSION):
+        sock, server = (socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) for _ in range(2))
+    with sock, server:
+        server.bind((BOX6, 5000))
+        sock.setsockopt(socket.IPPROTO_IPV6, 78, 1)
+        sock.bind((UNLISTED6, 8443))
+        _sent(sock, b"secret", (peer, 5000 if answered else 443))
+        if answered:
+            _sent(server, b"secret", (UNLISTED6, 8443))
+
+
+SPOOFED = {
+    "answered by ourselves": (BOX6, True, UNLISTED6),
+    "reflected by a listed server": (LISTED6, False, LISTED6),
+    "quoted by our own refusal": ("2001:db8:2::78", False, "2001:db8:2::78"),
+}
+
+
+@pytest.mark.parametrize("name", SPOOFED)
+def test_a_source_that_is_not_ours_leads_nowhere(backend, wire, name):
+    peer, answered, control = SPOOFED[name]
+    wire.do(lambda: attempt("udp", LISTED6))  # finds the neighbour by our own address
+    wire.arrived()
+    wire.do(lambda: spoofing(peer, answered=answered))
+    time.sleep(0.05)
+    assert control in {where for where, _ in wire.arrived()}, "negative control: without rules it arrives"
+    wire.do(lambda: armed(backend) and None)
+    wire.arrived()
+    wire.do(lambda: spoofing(peer, answered=answered))
+    time.sleep(0.05)
     assert wire.arrived() == []

@@ -18,8 +18,8 @@ POLICY = "site.example\n!bad.example\n"
 OPENED = [("tcp", "203.0.113.99", 443), ("tcp", "other.example", 443), ("tcp", "2001:db8:2::9", 443)]
 SHUT = [
     ("tcp", "169.254.169.254", 80),
-    ("tcp", "10.0.0.1", 443),
-    ("udp", "203.0.113.53", 53),
+    ("tcp", "10.9.9.9", 443),
+    ("tcp", "203.0.113.53", 53),
     ("tcp", "x.bad.example", 443),
 ]
 LOUD = "NOTHING IS ENFORCED"
@@ -34,7 +34,7 @@ def place(request):
         lab.dns.set("site.example", {"A": "203.0.113.7"}, ttl=60)
         lab.dns.set("other.example", {"A": "203.0.113.8"}, ttl=60)
         lab.dns.set("x.bad.example", {"A": "203.0.113.9"}, ttl=60)
-        lab.dns.set("rebind.example", {"A": "10.0.0.1"}, ttl=60)
+        lab.dns.set("rebind.example", {"A": "10.9.9.9"}, ttl=60)
         box = lab.box(policy=POLICY, env={"INITD_BACKEND": request.param})
         box.start()
         yield box
@@ -159,6 +159,17 @@ def test_the_kernel_ends_it_when_nobody_else_can(lab, backend):
     assert open_ones(box, OPENED[::2]) == [True] * 2, "negative control: it goes on until then"
     time.sleep(4)
     assert not any(open_ones(box, OPENED[::2]))
+
+
+def test_what_stays_shut_in_it_would_answer(box):
+    """Negative control, and the last with this box: without the rules, and without the exception."""
+    answer(box, "audit", "--for", "1m")
+    assert open_ones(box, SHUT) == [False] * 4
+    box.write_policy("site.example\n")
+    assert box.fwctl("reload").returncode == 0
+    flush = "nft delete table inet initd || iptables-legacy -F INITD-OUTPUT"
+    assert box.exec(["sh", "-c", flush], user="root").returncode == 0
+    assert open_ones(box, SHUT) == [True] * 4
 
 
 def test_a_box_may_start_in_it_and_can_leave_it(lab):

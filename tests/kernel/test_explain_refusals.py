@@ -10,6 +10,7 @@ import time
 
 import pytest
 
+from initd import narrative
 from initd.core.policy import dump, parse
 from tests.support import product
 from tests.support.attempts import attempt_all
@@ -33,6 +34,18 @@ import socket
 name = bytes.fromhex("09610a6e65770a1b5b32046576696c00")  # "a\\nnew\\n\\x1b[2", "evil"
 query = bytes.fromhex("000101000001000000000000") + name + bytes.fromhex("00010001")
 socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(query, ("127.0.0.1", 53))
+"""
+
+# Asks for unlisted names under a command line of emoji, each of which is twelve bytes in JSON.
+WORDY = """
+import socket, time
+for number in range(40):
+    name = b"wordy%d" % number
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.connect(("127.0.0.1", 53))
+        sock.send(bytes.fromhex("000101000001000000000000") + bytes([len(name)]) + name + bytes.fromhex("0000010001"))
+        sock.recv(512)
+    time.sleep(0.06)  # below the guard's twenty looks a second
 """
 
 
@@ -168,11 +181,24 @@ def test_follow_goes_on(told):
     assert (row["subject"], row["reason"]) == ("followed.example", "unlisted")
 
 
+def whole(shown: str) -> bool:
+    """Whether every line begins as one of ours does, and none has anything that a terminal acts on."""
+    return all(line.startswith("20") and line.isprintable() for line in shown.splitlines())
+
+
 def test_nothing_a_session_sends_forges_a_line(told):
     told.exec(["python3", "-c", FORGED])
-    lines = text(told, "log").splitlines()
-    assert any(r"a\010new\010\027[2.evil" in line for line in lines)
-    assert all(line.startswith("20") for line in lines)
+    shown = text(told, "log")
+    assert r"a\010new\010\027[2.evil" in shown
+    assert whole(shown)
+
+
+def test_a_line_that_was_forged_would_be_seen(told):
+    """Negative control: the same row with its name as it was sent."""
+    rows = answer(told, "log")["rows"]
+    assert whole(narrative.log({"rows": rows, "lost": 0}, color=False))
+    (row,) = (row for row in rows if row["subject"].endswith("[2.evil"))
+    assert not whole(narrative.log({"rows": [{**row, "subject": "a\nnew\n\x1b[2.evil"}], "lost": 0}, color=False))
 
 
 def test_the_list_in_force_is_there_to_read_and_not_to_write(told):
@@ -241,3 +267,13 @@ def test_what_was_refused_outlives_the_warden(told):
     attempt_all(told, [("tcp", "203.0.113.99", 443)])
     after = {one["subject"]: one["count"] for one in answer(told, "log")["rows"]}
     assert after["203.0.113.99"] == before["203.0.113.99"] + 1, "the new warden listens"
+
+
+def test_no_command_line_is_too_long_to_be_told(told):
+    emoji = "\U0001f600" * 200
+    told.exec(["bash", "-c", f'exec -a {emoji} python3 -c "$0"', WORDY])
+    rows = [row for row in answer(told, "log")["rows"] if row["subject"].startswith("wordy")]
+    assert len(rows) == 40
+    assert sum(emoji[:100] in (row["actor"]["command"] or "") for row in rows) > 20, "the control: they are long"
+    assert any("wordy" in one["line"] for one in answer(told, "suggest")["lines"])
+    assert answer(told, "why", "wordy1", code=1)["refusals"]

@@ -55,6 +55,15 @@ def test_keeper_has_only_what_it_hands_on_and_needs(box):
     assert keeper["NoNewPrivs"] == "1"
 
 
+def test_that_reading_finds_more_where_there_is_more(box):
+    """Negative control: a session of root's has what the engine gave."""
+    one = box().start()
+    session = one.session("sleep", "100", uid=0)
+    root = status(eventually(lambda: children(session.pid))[0])
+    assert [int(root[f"Cap{kind}"], 16).bit_count() > 6 for kind in ("Prm", "Eff", "Bnd")] == [True] * 3
+    assert root["NoNewPrivs"] == "0"
+
+
 def test_privilege_is_visible_by_name(box):
     one = box().start()
     assert one.comm(one.pid) == "initd", one.stderr
@@ -134,6 +143,19 @@ def test_killed_warden_is_back_and_no_connection_is_lost(box):
     assert one.warden(2)["fds"] == one.warden(1)["fds"]
 
 
+def test_without_a_keeper_a_killed_warden_is_not_back(box):
+    """Negative control: then nobody answers."""
+    one = box().start()
+    warden = warden_pid(one)
+    os.kill(one.named("initd-keeper"), signal.SIGKILL)
+    assert eventually(lambda: one.events("keeper.lost"))
+    assert one.ask(b"generation") == b"1"
+    os.kill(warden, signal.SIGKILL)
+    assert eventually(lambda: not Path(f"/proc/{warden}").exists())
+    with pytest.raises(OSError, match=r"refused|timed out|reset"):
+        one.ask(b"generation", 1.0)
+
+
 def waiting(one):
     """What is told to whoever asks while there is no warden; "" when there is one."""
     path = one.run_dir / "restarting"
@@ -158,7 +180,8 @@ def test_crash_loop_backs_off_and_says_so(box):
     starts = [one.warden(generation)["time"] for generation in range(1, 6)]
     gaps = [later - earlier for earlier, later in itertools.pairwise(starts)]
     assert all(gap >= wait for gap, wait in zip(gaps, (0.1, 0.2, 0.4, 0.8), strict=True))
-    assert re.fullmatch(r"the warden has ended \dx; the next is started [\d.]+ s later\n", waiting(one))
+    told = r"the warden has ended \dx; the next is started [\d.]+ s later\n"
+    assert eventually(lambda: re.fullmatch(told, waiting(one)))  # said in the log first
     ended = [end.split(":") for end in one.warden(4)["ended"].split(",")]
     assert [code for _, code in ended] == ["3"] * 3
     assert all(starts[0] < float(at) < starts[3] for at, _ in ended)

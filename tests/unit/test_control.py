@@ -16,6 +16,7 @@ from initd import control as module
 from initd.control import Control, Peer
 from initd.core import messages
 from initd.errors import ConfigError
+from tests.support.guarded import Log
 
 
 async def handle(request: messages.Request, peer: Peer) -> dict[str, Any]:
@@ -28,11 +29,11 @@ async def handle(request: messages.Request, peer: Peer) -> dict[str, Any]:
     return {"op": request.op, "uid": peer.uid, "pid": peer.pid}
 
 
-async def serve(path: Path, answer: Any = handle) -> Control:
+async def serve(path: Path, answer: Any = handle, *, log: Any = None) -> Control:
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(str(path))
     listener.listen()
-    control = Control(answer, log=structlog.get_logger())
+    control = Control(answer, log=log or structlog.get_logger())
     await control.start(listener)
     return control
 
@@ -63,6 +64,26 @@ def test_the_peer_is_the_kernels_word(tmp_path: Path) -> None:
     assert answer == {"ok": True, "result": {"op": "status", "uid": os.getuid(), "pid": os.getpid()}}
 
 
+@pytest.mark.kernel
+def test_another_user_is_told_apart(tmp_path: Path) -> None:
+    """Negative control: the same request, sent by somebody else."""
+    for parent in (tmp_path, *list(tmp_path.parents)[:3]):
+        parent.chmod(parent.stat().st_mode | 0o055)
+
+    async def both() -> list[dict]:
+        control = await serve(tmp_path / "s")
+        (tmp_path / "s").chmod(0o666)
+        os.seteuid(501)
+        try:
+            return await talk(tmp_path / "s", messages.request("status"))
+        finally:
+            os.seteuid(0)
+            await control.stop()
+
+    (answer,) = asyncio.run(both())
+    assert answer["result"]["uid"] == 501
+
+
 def test_several_requests_on_one_connection(tmp_path: Path) -> None:
     answers = converse(tmp_path, messages.request("health"), messages.request("status"))
     assert [one["result"]["op"] for one in answers] == ["health", "status"]
@@ -84,6 +105,21 @@ def test_errors_keep_their_code_and_hint(tmp_path: Path) -> None:
 def test_a_bug_in_one_request_ends_neither_the_warden_nor_the_connection(tmp_path: Path) -> None:
     answers = converse(tmp_path, messages.request("verify"), messages.request("status"))
     assert [one["ok"] for one in answers] == [False, True]
+
+
+def test_what_is_malformed_floods_no_log(tmp_path: Path) -> None:
+    async def flood() -> tuple[int, dict]:
+        log = Log()
+        control = await serve(tmp_path / "s", log=log)
+        for _ in range(100):
+            await talk(tmp_path / "s", b"x\n")
+        after = await talk(tmp_path / "s", messages.request("status"))
+        await control.stop()
+        return len(log.named("control.rejected")), after[0]
+
+    lines, after = asyncio.run(flood())
+    assert 1 <= lines < 50
+    assert after["ok"]
 
 
 def test_connections_are_bounded(tmp_path: Path) -> None:

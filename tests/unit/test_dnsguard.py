@@ -201,6 +201,15 @@ class TestBeforeTheAnswer:
             assert (await lab.ask("four.example")).addresses == ["203.0.113.4"]
 
     @scenario
+    async def test_when_there_is_no_room_for_a_lease_the_answer_is_servfail_and_what_is_held_stays(self, monkeypatch):
+        async with guarded() as lab:
+            await lab.ask("four.example")
+            monkeypatch.setattr("initd.core.leases.MOST", 1)
+            assert (await lab.ask("a.wild.example")).rcode == "SERVFAIL"
+            assert lab.kernel.addresses() == {"203.0.113.4"}
+            assert (await lab.ask("four.example")).addresses == ["203.0.113.4"]
+
+    @scenario
     async def test_what_got_in_before_the_refusal_is_taken_back(self):
         async with guarded() as lab:
             await lab.ask("four.example")

@@ -27,24 +27,53 @@ def test_every_local_link_leads_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-def test_every_guarantee_names_a_test_that_exists() -> None:
-    text = (ROOT / "docs/security.md").read_text()
-    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", text)
-    assert len(named) >= 20
-    for file, function in named:
-        assert (ROOT / file).is_file(), file
-        if function:
-            assert re.search(rf"^ *(async )?def {function}\(", (ROOT / file).read_text(), re.MULTILINE), (
-                f"{file}::{function}"
-            )
-
-
-def test_every_row_of_the_guarantees_names_its_test() -> None:
+def guarantees() -> list[list[str]]:
+    """The cells of docs/security.md, "What is guaranteed": what, its tests, their controls."""
     text = (ROOT / "docs/security.md").read_text()
     section = text[text.index("## What is guaranteed") : text.index("## What is not guaranteed")]
-    rows = [line for line in section.splitlines() if line.startswith("| ") and not line.startswith("| guarantee")]
-    assert len(rows) >= 12
-    assert [row for row in rows if "`tests/" not in row] == []
+    _head, _rule, *rows = (line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|"))
+    return rows
+
+
+def source_of(test: str) -> str:
+    """The text of `FILE::FUNCTION`; AssertionError when there is no such test."""
+    file, _, function = test.partition("::")
+    assert (ROOT / file).is_file(), test
+    found = re.search(
+        rf"^( *)(?:async )?def {function}\(.*?(?=^\1\S|\Z)", (ROOT / file).read_text(), re.MULTILINE | re.DOTALL
+    )
+    assert found, test
+    return found[0]
+
+
+def test_every_row_has_three_cells() -> None:
+    assert len(guarantees()) >= 20
+    assert [row for row in guarantees() if len(row) != 3] == []
+
+
+@pytest.mark.parametrize("row", guarantees(), ids=lambda row: row[0][:60])
+def test_every_guarantee_names_its_tests_and_their_controls(row: list[str]) -> None:
+    tests, controls = (cell.split("<br>") for cell in row[1:])
+    assert len(tests) == len(controls), "a control beside each test"
+    for test, control in zip(tests, controls, strict=True):
+        source = source_of(named(test))
+        if control == "in it":
+            assert re.search("(negative|the) control(?! socket)", source), f"{test}: where is it?"
+        elif not control.startswith("none: "):
+            assert named(control) != named(test)
+            source_of(named(control))
+
+
+def named(cell: str) -> str:
+    found = re.fullmatch(r"`(tests/[\w/]+\.py::test_\w+)`", cell)
+    assert found, f"{cell} is no test"
+    return found[1]
+
+
+def test_a_test_that_does_not_exist_is_noticed() -> None:
+    for missing in ("tests/unit/test_nothing.py::test_x", "tests/unit/test_docs.py::test_nothing_of_the_kind"):
+        with pytest.raises(AssertionError, match=missing):
+            source_of(missing)
 
 
 def test_the_settings_table_is_complete() -> None:

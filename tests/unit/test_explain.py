@@ -56,6 +56,8 @@ def test_a_preset_is_named() -> None:
     [
         ("a.b", "a.b", Service("tcp", 443)),
         ("a.b:53/udp", "a.b", Service("udp", 53)),
+        ("B\u00fccher.example", "xn--bcher-kva.example", Service("tcp", 443)),
+        ("g\u0456thub.com", "xn--gthub-n2e.com", Service("tcp", 443)),
         ("2001:db8::1", "2001:db8::1", Service("tcp", 443)),
         ("[2001:db8::1]", "2001:db8::1", Service("tcp", 443)),
         ("[2001:db8::1]:22", "2001:db8::1", Service("tcp", 22)),
@@ -67,8 +69,9 @@ def test_targets(text: str, host: str, service: Service) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["", ":443", "a.b:", "a.b:x", "a.b:0", "a.b:65536", "a.b:443/icmp", "https://a.b/", "a.b:" + "9" * 5000, "a.b:٣"],
-)
+    ["", ":443", "a.b:", "a.b:x", "a.b:0", "a.b:65536", "a.b:443/icmp", "https://a.b/", "a.b:" + "9" * 5000,
+     "a.b:\u0663", "a." * 1000],
+)  # fmt: skip
 def test_what_is_not_a_target_says_so(text: str) -> None:
     if text == "a.b:":
         assert parse_target(text)[1] == Service("tcp", 443)

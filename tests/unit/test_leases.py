@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from ipaddress import ip_address, ip_network
 
 import pytest
@@ -96,6 +97,30 @@ def test_an_evicted_address_stays_when_another_name_holds_it():
     take(leases, "b", A)
     take(leases, "a", A)
     assert take(leases, "a", B)[1] == []
+
+
+def test_many_names_of_one_address_cost_no_more_than_many_addresses():
+    """A wildcard whose owner answers every name with the same address: it was minutes."""
+    leases, begin = Leases(), time.process_time()
+    web, ssh = frozenset({WEB}), frozenset({SSH})
+    for number in range(20_000):
+        take(leases, f"n{number}", A, services=(web, ssh)[number % 2])
+    leases.reconsider(lambda name, _: ssh if name != "n0" else frozenset(), now=0)
+    assert leases.sweep(91, frozenset())[1] == [element(A, SSH)]
+    assert time.process_time() - begin < 5.0
+    assert (len(leases), leases.needs(element(A, SSH))) == (0, False)
+
+
+def test_there_are_no_more_leases_than_the_kernel_has_room_for(monkeypatch):
+    monkeypatch.setattr("initd.core.leases.MOST", 2)
+    leases = Leases()
+    assert leases.has_room("a", (A, B))
+    take(leases, "a", A, B)
+    assert leases.has_room("a", (B, A))
+    assert not leases.has_room("a", (A, C))
+    assert not leases.has_room("b", (A,))
+    leases.sweep(91, frozenset())
+    assert leases.has_room("b", (A,))
 
 
 def test_one_answer_beyond_the_cap_is_cut():

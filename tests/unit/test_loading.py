@@ -14,7 +14,7 @@ from initd.loading import writable_by
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to be somebody else")
 
-UID, GID = 64501, 64502
+UID, GID, WARDEN = 64501, 64502, 64990
 NOBODY = 0xFFFFFFFF
 USER, GROUP = 0x02, 0x08  # ACL_USER, ACL_GROUP: linux/posix_acl.h
 
@@ -61,9 +61,43 @@ CASES = {
 }
 
 
+def as_warden(path: Path) -> str | None:
+    os.seteuid(WARDEN)
+    try:
+        return writable_by(path, UID, GID)
+    finally:
+        os.seteuid(0)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_it_says_what_is_so(policy: Path, case: str) -> None:
     prepare, writable = CASES[case]
     prepare(policy)
-    assert (writable_by(policy, UID, GID) is not None) is writable
+    assert (as_warden(policy) is not None) is writable
     assert changes(policy) is writable
+
+
+def close(path: Path) -> None:
+    os.chown(path.parent, UID, UID)
+    path.parent.chmod(0)
+
+
+def link(path: Path) -> None:
+    path.unlink()
+    path.symlink_to("/etc/passwd")
+
+
+UNSEEN = {
+    "in its own folder, which is closed now": (close, True),
+    "in another user's folder, which is closed": (lambda path: path.parent.chmod(0), False),
+    "missing in a sticky folder": (lambda path: (path.unlink(), path.parent.chmod(0o1777)), True),
+    "missing in another user's folder": (lambda path: path.unlink(), False),
+    "a link": (link, True),
+}
+
+
+@pytest.mark.parametrize("case", UNSEEN)
+def test_what_it_cannot_look_at_is_judged_by_the_folder(policy: Path, case: str) -> None:
+    prepare, writable = UNSEEN[case]
+    prepare(policy)
+    assert (as_warden(policy) is not None) is writable

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import socket
 import subprocess
 import sys
+import time
 from ipaddress import ip_address
 
 import pytest
@@ -94,6 +96,21 @@ def test_a_flood_of_questions_costs_a_bounded_number_of_looks(start, server):
     assert found[0].pid is not None
     assert sum(actor.pid is not None for actor in found) < 60
     assert {actor.uid for actor in found} == {64905}
+
+
+def test_a_crowd_costs_a_bounded_number_of_looks(start, server, monkeypatch):
+    process, port = start(64906, "tcp", server)
+    crowd = subprocess.Popen(["sh", "-c", "for n in 1 2 3 4; do sleep 60 & done; wait"], user=64906, process_group=0)
+    try:
+        while len(processes_of(64906)) < 6:
+            time.sleep(0.01)
+        monkeypatch.setattr("initd.owner.PROCESSES", 3)
+        assert len(processes_of(64906)) == 4
+        assert of("tcp", port, server) == Actor(64906)
+    finally:
+        os.killpg(crowd.pid, signal.SIGKILL)
+        crowd.wait()
+    assert of("tcp", port, server).pid == process.pid, "the control"
 
 
 def test_processes_of_a_user_leave_us_out():

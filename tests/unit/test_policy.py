@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import contextlib
 import itertools
+import time
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 
@@ -453,3 +455,26 @@ def test_dump_keeps_the_ports_of_a_preset_apart():
 def test_networks_are_exact():
     (rule,) = parse("[2001:DB8:0::/32]:443/udp").ranges
     assert (rule.network, rule.services) == (ip_network("2001:db8::/32"), {Service("udp", 443)})
+
+
+COSTLY = {
+    "digits": lambda: parse("1" * 300_000 + "x"),
+    "dots": lambda: parse("." * 300_000 + "x"),
+    "an endless name": lambda: parse("a." * 300_000),
+    "unknown presets": lambda: parse("@githuX\n" * 20_000),
+    "ports times ranges": lambda: language.widens(parse("192.0.2.1"), MANY),
+}
+MANY = parse(
+    "10.0.0.0/8:"
+    + ",".join(map(str, range(1, 20_000)))
+    + "".join(f"\n10.{n >> 8}.{n & 255}.0/24" for n in range(10_000))
+)
+
+
+@pytest.mark.parametrize("name", COSTLY)
+def test_nothing_that_fits_in_a_file_takes_long(name):
+    """A session that may write the file may also have it read."""
+    begin = time.process_time()
+    with contextlib.suppress(PolicyError):
+        COSTLY[name]()
+    assert time.process_time() - begin < 5.0, "it was minutes to hours"
