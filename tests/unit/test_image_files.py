@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from initd import fwctl, published
+from initd import fwctl, published, settings
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGE = ROOT / "image"
@@ -47,6 +47,13 @@ def test_the_last_stage_is_debian_and_final_stages_clean_up():
         if "apt-get update" in line:
             assert "rm -rf /var/lib/apt/lists/*" in line
     assert "gcc" not in parts["debian"] + parts["alpine"]
+
+
+def test_compose_passes_on_every_setting_but_the_paths():
+    named = set(re.findall(r"^      - ((?:INITD|CLAUDE)_\w+)", (ROOT / "compose.yaml").read_text(), re.MULTILINE))
+    inside = {"policy", "run_dir", "state_dir", "workspace", "warden_user"}  # the image's own affair
+    wanted = {field.variable for name, field in settings.FIELDS.items() if name not in inside}
+    assert wanted <= named
 
 
 def test_both_targets_end_alike():
