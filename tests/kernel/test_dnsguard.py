@@ -199,7 +199,7 @@ class TestNothingElseGetsOut:
 
     def test_broken_queries_leak_nothing(self, guarded):
         lab, box = guarded
-        assert run(box, "mutate", "7", "20000")["answered"] > 1000
+        assert run(box, "mutate", "7", "20000")["answered"] > 200
         assert ask(box, "site.example/1")[0][0] == 0
         assert {query.name for query in lab.dns.queries()} <= {"site.example"}
         assert not [event for event in box.logs().events if event["event"] == "dns.bug"]
