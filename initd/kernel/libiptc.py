@@ -24,8 +24,12 @@ if TYPE_CHECKING:
     from initd.kernel.chains import Options, Rule
 
 _LIBRARIES = ("usr/lib/*-linux-*", "lib/*-linux-*", "usr/lib", "lib", "usr/lib64", "usr/local/lib")
-_ATTEMPTS = 10
+_ATTEMPTS = 50
 """Commits that somebody else's commit may spoil before we give up; each is rebuilt from what stands then."""
+
+_SPOILT = (errno.EAGAIN, errno.EINVAL)
+"""What the kernel answers when the table is no longer the one of the snapshot (xt_replace_table), and when it is no
+longer the one that we have just put there and want the counters carried over to (do_add_counters)."""
 
 _TABLES = {4: "ip_tables", 6: "ip6_tables"}
 _PROTOCOL = {"ipv6-icmp": "icmpv6"}  # iptables' name → python-iptables' name
@@ -47,8 +51,7 @@ def edit_table(version: int, change: Callable[[Any, int], None]) -> None:
             finally:
                 table.close()
         except library.IPTCError as error:
-            # The kernel answers EAGAIN when the table is not the one of the snapshot (xt_replace_table).
-            if attempt < _ATTEMPTS and os.strerror(errno.EAGAIN) in str(error):
+            if attempt < _ATTEMPTS and any(os.strerror(code) in str(error) for code in _SPOILT):
                 continue
             raise _trouble(version, error) from error
         except (library.XTablesError, ValueError, AttributeError, OSError) as error:

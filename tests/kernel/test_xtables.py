@@ -81,6 +81,20 @@ def test_a_writer_that_gets_in_between_is_not_overwritten(wire):
     assert "-A OUTPUT -d 192.0.2.250/32 -j ACCEPT" in wire.shell("iptables-legacy-save")
 
 
+def test_writers_that_never_stop_spoil_no_write(wire):
+    """Between our commit and the counters that it carries over, too: then the kernel answers EINVAL."""
+    meddle = "while :; do for verb in -I -D; do iptables-legacy $verb FORWARD -s 192.0.2.9 -j DROP; done; done"
+    argv = ["setpriv", "--pdeathsig", "KILL", "ip", "netns", "exec", wire.box, "sh", "-c", meddle]
+    meddlers = [subprocess.Popen(argv, stderr=subprocess.DEVNULL) for _ in range(2)]
+    try:
+        wire.do(lambda: [Xtables().lockdown(WARDEN) for _ in range(150)] and None)
+    finally:
+        for one in meddlers:
+            one.kill()
+            one.wait()
+    assert "-A INITD-OUTPUT" in wire.shell("iptables-legacy-save")
+
+
 def test_a_rule_the_kernel_refuses_changes_nothing(wire):
     def body():
         made = armed(Xtables)
