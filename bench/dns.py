@@ -34,7 +34,7 @@ from initd.kernel.select import pick
 HERE = Path(__file__).parent
 UPSTREAM, GUARD, PEER = 5300, 5301, 5302
 RUNS, WINDOW, NAMES = 5, 64, 100
-LATENCY_COUNT, RATE_COUNT, SET_COUNT = 2000, 15000, 300  # three elements an address: the set holds 65,536
+LATENCY_COUNT, RATE_COUNT, SET_COUNT = 2000, 10000, 300  # in all less than 65,536 names, the bound of leases
 TEST = 11
 """IPSET_CMD_TEST (linux/netfilter/ipset/ip_set.h)."""
 

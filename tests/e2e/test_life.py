@@ -116,6 +116,16 @@ def test_under_the_engines_own_init(make):
     assert (code, seconds < 2) == (0, True)
 
 
+def test_nftables_in_the_image_too(make):
+    """Its libnftables is another than this machine's; what it lists must be what was written."""
+    project = make(environ={"INITD_BACKEND": "nftables"}).up()
+    assert "backend nftables" in project.output("fwctl", "status")
+    enforced(project)
+    assert project.exec("rootsh", "-c", "fwctl audit --for 1m").returncode == 0
+    assert project.exec("fwctl", "health").returncode == 0
+    assert project.exec(*CURL, f"http://{OTHER}/").returncode == 0
+
+
 def test_without_net_admin(make):
     project = make()
     project.change(lambda service: service["cap_add"].remove("NET_ADMIN"))
