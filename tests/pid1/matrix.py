@@ -32,7 +32,8 @@ the sender's real or effective UID with the receiver's real or saved one, so PID
 session, and none of them may signal PID 1 (EPERM), neither by sigqueue(3) with a forged sender nor by a pipe that
 it owns (`F_SETOWN`). So none of theirs is ever pending, which would swallow the engine's, and PID 1's queue of
 signals and its resource limits are its own. A session can still lower PID 1's priority: that check looks at the
-effective UID.
+effective UID. And CONT may come from the command, as from any process of PID 1's own session (kill(2)); it is
+passed on like the engine's.
 
 **Stop.** The engine's TERM (INT too, when there is no command) or the end of the command: every process gets TERM,
 then `INITD_STOP_GRACE` seconds, ended early when all are gone, then KILL; the warden is told last. PID 1 has no
