@@ -13,8 +13,9 @@ from initd.published import replace
 from initd.resolve import sweep_pause
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Awaitable, Callable, Iterable
 
+    from initd.core.ruleset import Endpoint
     from initd.feeds import GithubFeed
     from initd.keeping import Keeping
     from initd.live import Live
@@ -103,10 +104,14 @@ class Upkeep:
         """Follow resolv.conf; a change that could not be put into force is tried again at the next turn."""
         self._resolv.check()
         if (upstreams := self._resolv.upstreams) != self._upstreams:
-            self._live.upstreams = frozenset(upstreams)
-            await self._live.refresh()  # the rules first: the guard must not ask where it may not go
+            await self._permit({*self._upstreams, *upstreams})  # the guard must never ask where it may not go
             self._live.parts.guard.set_upstreams(upstreams)
+            await self._permit(upstreams)
             self._upstreams = upstreams
+
+    async def _permit(self, upstreams: Iterable[Endpoint]) -> None:
+        self._live.upstreams = frozenset(upstreams)
+        await self._live.refresh()
 
     async def _end_audit(self) -> None:
         await self._live.audit_is_over()

@@ -141,6 +141,8 @@ class Upstreams:
         """Ask these from now on, in this order; what is known about one that stays is kept."""
         known = {server.endpoint: server for server in self.servers}
         self.servers = [known.get(one) or Server(one) for one in dict.fromkeys(endpoints)]
+        for question in self._active:
+            question.plan = self._plan()
 
     def percentiles(self) -> tuple[float, float]:
         """Median and 99th percentile of the latest answers, in milliseconds; zeros before the first."""
@@ -177,14 +179,18 @@ class Upstreams:
 
     def _begin(self, question: Question) -> None:
         self._active.add(question)
-        now = time.monotonic()
-        # sorted() is stable: among the healthy the configured order decides, as with resolv.conf(5).
-        order = sorted(self.servers, key=lambda server: server.ailing_until if server.ailing_until > now else 0.0)
-        question.plan = (order * ATTEMPTS)[: max(ATTEMPTS, len(order))]
-        if not order:
+        question.plan = self._plan()
+        if not question.plan:
             self._finish(question, None, "servfail")
             return
         self._next(question)
+
+    def _plan(self) -> list[Server]:
+        """Whom to ask for a question, in order; each of them at least once."""
+        now = time.monotonic()
+        # sorted() is stable: among the healthy the configured order decides, as with resolv.conf(5).
+        order = sorted(self.servers, key=lambda server: server.ailing_until if server.ailing_until > now else 0.0)
+        return (order * ATTEMPTS)[: max(ATTEMPTS, len(order))]
 
     def _next(self, question: Question) -> None:
         """Ask the next server of the plan that can be asked at all; give up when there is none."""

@@ -18,7 +18,7 @@ from initd.core.leases import Terms
 from initd.core.policy import Verdict
 from initd.core.ruleset import Endpoint
 from initd.dnsguard import GuardOptions, ResolveError
-from tests.support.guarded import Guarded, framed, question_of, read_message
+from tests.support.guarded import Guarded, Upstream, framed, question_of, read_message
 
 ZONE = {
     "site.example": ["203.0.113.1", "203.0.113.2", "2001:db8::1"],
@@ -380,6 +380,20 @@ class TestUpstream:
             for number in range(100):
                 assert (await lab.ask(f"n{number}.wild.example")).rcode == "SERVFAIL"
             assert 0 < len(lab.log.named("dns.upstream.unreachable")) < 40
+
+    @scenario
+    async def test_a_question_under_way_goes_on_with_the_new_servers(self):
+        async with guarded() as lab:
+            loopback, other = ip_address("127.0.0.1"), Upstream(lab.upstream.zone)
+            lab.upstream.handler = lambda *_: []
+            await other.start()
+            try:
+                asked = asyncio.create_task(lab.ask("four.example"))
+                await asyncio.sleep(0.1)
+                lab.guard.set_upstreams([Endpoint(loopback, other.port)])
+                assert (await asked).addresses == ["203.0.113.4"]
+            finally:
+                other.stop()
 
     @scenario
     async def test_a_slow_server_is_still_heard(self):
