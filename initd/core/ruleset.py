@@ -22,12 +22,17 @@ IPAddress = IPv4Address | IPv6Address
 IPNetwork = IPv4Network | IPv6Network
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class Endpoint:
     """An upstream resolver: TCP and UDP to `address`:`port`."""
 
     address: IPAddress
     port: int = 53
+
+    def __lt__(self, other: Endpoint) -> bool:
+        """IPv4 first: addresses of two families do not compare by themselves."""
+        mine, theirs = ((one.address.version, int(one.address), one.port) for one in (self, other))
+        return mine < theirs
 
 
 class Element(NamedTuple):

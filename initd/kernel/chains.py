@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
 
-    from initd.core.ruleset import Endpoint, IPAddress, IPNetwork, Ruleset
+    from initd.core.ruleset import IPAddress, IPNetwork, Ruleset
 
 HOOKS = {"OUTPUT": "INITD-OUTPUT", "INPUT": "INITD-INPUT", "FORWARD": "INITD-FORWARD"}
 """Built-in chain → ours, hooked first in it."""
@@ -179,9 +179,7 @@ def _discovery(version: int) -> tuple[Rule, ...]:
 def _warden(version: int, ruleset: Ruleset) -> Iterator[Rule]:
     uid = ruleset.warden_uid
     engine = IPv4Address("127.0.0.11")
-    upstreams: list[Endpoint] = sorted(
-        (one for one in ruleset.upstreams if one.address.version == version), key=lambda one: (one.address, one.port)
-    )
+    upstreams = sorted(one for one in ruleset.upstreams if one.address.version == version)
     for address in dict.fromkeys(one.address for one in upstreams if one.address == engine):
         yield _owned(uid, destination=_single(address))
     for upstream in upstreams:

@@ -105,7 +105,7 @@ def _warden(ruleset: Ruleset) -> Iterator[str]:
     who = f"meta skuid {ruleset.warden_uid}"
     if any(str(end.address) == ENGINE_DNS for end in ruleset.upstreams):
         yield f"{who} ip daddr {ENGINE_DNS} accept"
-    for end in sorted(ruleset.upstreams, key=lambda end: (end.address.version, int(end.address), end.port)):
+    for end in sorted(ruleset.upstreams):
         if str(end.address) != ENGINE_DNS:
             where = f"{_family(end.address)} daddr {end.address}"
             yield f"{who} {where} meta l4proto {{ 6, 17 }} th dport {end.port} accept"

@@ -20,7 +20,7 @@ from tests.support.box import DEFAULT_CAPABILITIES, Box, BoxError
 from tests.support.https_server import META_HOST, Meta
 from tests.support.lab import ROOT, Lab
 from tests.support.namespaces import Family
-from tests.support.remote import META_ADDRESS, RESOLVER4, SILENT4
+from tests.support.remote import META_ADDRESS, RESOLVER4, RESOLVER6, SILENT4
 from tests.support.zone import Entry, Fault
 
 if TYPE_CHECKING:
@@ -162,6 +162,17 @@ def test_survives_resolvers_that_are_silent(lab: Lab) -> None:
     assert box.start() < 10.0, "of which five are the verification's, asking for a listed name as libc does"
     assert attempt(box, UNLISTED).error == "ECONNREFUSED"
     assert attempt(box, ("tcp", "203.0.113.10", 443)).error == "ECONNREFUSED", "not learned, so not reachable"
+
+
+def test_starts_with_resolvers_of_both_families(lab: Lab) -> None:
+    box = lab.box(policy="site.example\n", resolv_conf=f"nameserver {RESOLVER6}\nnameserver {RESOLVER4}\n")
+    box.start()
+    assert [one["server"] for one in box.status()["guard"]["upstreams"]] == [RESOLVER6, RESOLVER4]
+    assert attempt(box, ("tcp", "site.example", 443)).error is None
+    assert {one["name"] for one in json.loads(box.fwctl("verify", "--json").stdout)["checks"]} >= {
+        f"udp {RESOLVER4} port 53",
+        f"udp {RESOLVER6} port 53",
+    }
 
 
 def test_survives_5000_lines(lab: Lab) -> None:
