@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import socket
+import sys
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -35,6 +36,11 @@ class Channel:
         sock = socket.socket(fileno=number)
         sock.set_inheritable(False)
         return cls(sock)
+
+    @property
+    def maker(self) -> int:
+        """The PID of who made the pair, alive or not: SO_PEERCRED of a socketpair(2), unix(7)."""
+        return int.from_bytes(self._sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 4), sys.byteorder)
 
     def fileno(self) -> int:
         """For poll."""

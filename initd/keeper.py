@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 
     from initd.settings import Settings
 
-SILENCE = 20.0  # seconds without a sign of life before the warden is replaced
+SILENCE = 20.0  # seconds without a sign of life before the warden is under suspicion
 START_SILENCE = 60.0  # the same for one that has not sent any yet
+LAST_CHANCE = 6.0  # more, before it is replaced: when the whole box was frozen, our clock went on and it could not run
 BACKOFF_FIRST, BACKOFF_LAST = 0.1, 30.0
 HEALTHY = 60.0  # seconds after which the next crash counts as the first again
 REMEMBERED = 10  # ends of wardens that the next one is told of
@@ -82,12 +83,12 @@ class Keeper:
         parent: Channel,
     ) -> None:
         self._settings, self._argv, self._account, self._held, self._parent = settings, warden, account, held, parent
-        self._init = os.getppid()
+        self._init = parent.maker  # not getppid(): it may have died, and then all that its heir has below it would be ours
         self._pid: int | None = None
         self._channel: Channel | None = None
         self._generation = 0
         self._started = self._heard = time.monotonic()
-        self._patience = START_SILENCE
+        self._patience, self._suspected = START_SILENCE, False
         self._backoff = BACKOFF_FIRST
         self._restart_at: float | None = None
         self._ends: list[tuple[float, int]] = []
@@ -102,7 +103,7 @@ class Keeper:
         self._restart_at = None
         self._channel, theirs = Channel.pair()
         self._started = self._heard = time.monotonic()
-        self._patience = START_SILENCE
+        self._patience, self._suspected = START_SILENCE, False
         try:
             self._pid = os.fork()
         except OSError as error:  # no process to be had: the session's fork bomb, perhaps
@@ -196,7 +197,7 @@ class Keeper:
         if self._channel is None:
             return
         for message in self._channel.receive():
-            self._heard, self._patience = time.monotonic(), SILENCE
+            self._heard, self._patience, self._suspected = time.monotonic(), SILENCE, False
             if message["event"] == "armed" and self._armed:
                 self._tell_waiting(None)
             elif message["event"] == "armed":
@@ -226,13 +227,20 @@ class Keeper:
         now = time.monotonic()
         self._errands.tend()
         if self._armed and self._pid is not None and now - self._heard > self._patience:
-            self._heard = max(self._heard, sockets.last_beat(self._held["pulse"]))
-        if self._armed and self._pid is not None and now - self._heard > self._patience:
-            say("error", "warden.silent", pid=self._pid, seconds=round(now - self._heard))
-            self._heard = now
-            os.kill(self._pid, signal.SIGKILL)
+            self._look_at_pulse(self._pid, now)
         if self.result is None and self._restart_at is not None and now >= self._restart_at:
             self.start_warden()
+
+    def _look_at_pulse(self, warden: int, now: float) -> None:
+        """Nothing was heard of the warden for long."""
+        beat = sockets.last_beat(self._held["pulse"])
+        if beat > self._heard:
+            self._heard, self._patience, self._suspected = beat, SILENCE, False
+            return
+        if self._suspected:
+            say("error", "warden.silent", pid=warden, seconds=round(now - max(beat, self._started)))
+            os.kill(warden, signal.SIGKILL)
+        self._heard, self._patience, self._suspected = now, LAST_CHANCE, True
 
     def _stop(self, grace: float) -> int:
         """End every process that is not ours, then the warden; the rules stay."""

@@ -20,6 +20,7 @@ def main() -> int:
         from initd.errors import InitdError
 
         drop.set_name("initd-keeper")
+        keeper.SILENCE = float(os.environ.get("SILENCE", keeper.SILENCE))
         try:
             return keeper.run([sys.executable, "-I", os.path.join(os.path.dirname(HERE), "warden.py"), *mode.split()])
         except InitdError as error:

@@ -194,9 +194,25 @@ def test_crash_loop_backs_off_and_says_so(box):
 def test_silent_warden_is_replaced(box):
     one = box(mode="hang").start()
     first = one.warden(1)["time"]
-    assert eventually((one.run_dir / "warden.2").exists, seconds=25)
-    assert 19.5 < one.warden(2)["time"] - first < 23
+    assert eventually((one.run_dir / "warden.2").exists, seconds=31)
+    assert 25.5 < one.warden(2)["time"] - first < 29
     assert len(one.events("warden.silent")) == 1
+
+
+@pytest.mark.slow
+def test_a_warden_that_was_frozen_with_the_whole_box_is_not_replaced(box):
+    """As `docker pause` does it: the clock goes on, nobody runs, and the keeper may be the first to wake."""
+    one = box(environ={"SILENCE": "6"}).start()
+    frozen = [one.named("initd-keeper"), warden_pid(one)]
+    for pid in frozen:
+        os.kill(pid, signal.SIGSTOP)
+    time.sleep(7.0)
+    for pid in frozen:
+        os.kill(pid, signal.SIGCONT)
+        time.sleep(0.2)
+    time.sleep(7.0)
+    assert one.events("warden.silent") == []
+    assert warden_pid(one) == frozen[1]
 
 
 def test_stopped_keeper_state_is_published(box):
@@ -284,3 +300,23 @@ def test_probes_are_bounded_in_number(box):
     assert all(json.loads(answer)["code"] == 0 for answer in answers)
     assert 1 <= most <= 4
     assert uids == {"\t".join([str(UID)] * 4)}
+
+
+ORPHANED = """
+import os, socket, sys
+os.makedirs(os.environ["INITD_RUN_DIR"])
+ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+if os.fork() == 0:
+    os.set_inheritable(theirs.fileno(), True)
+    os.environ["INITD_PARENT_FD"] = str(theirs.fileno())
+    os.execv(sys.executable, [sys.executable, "-I", sys.argv[2], "keeper", sys.argv[4]])
+"""
+
+
+def test_a_keeper_whose_init_has_died_leaves_strangers_alone(box):
+    """Not in a PID namespace of its own: then whoever inherits the keeper is the machine's init."""
+    one = box(below=["bash", "-c", 'sleep 1000 & "$0" -c "$ORPHANED" "$@"; wait'], environ={"ORPHANED": ORPHANED})
+    one.start(wait=False)
+    assert eventually((one.run_dir / "control.sock").exists), one.stderr
+    eventually(lambda: not one.named("initd-keeper"))
+    assert (bool(one.named("sleep")), one.named("initd-keeper")) == (True, 0), one.stderr
