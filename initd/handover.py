@@ -20,10 +20,12 @@ if TYPE_CHECKING:
 class Handover:
     """`sockets` by name (docs/architecture.md); `resolv` is the descriptor of /etc/resolv.conf, or None.
 
-    `pulse` is that of `beat`, `ended` the latest predecessors' ends: monotonic seconds and exit code, oldest first.
+    `init` is the PID of the box's init, `pulse` that of `beat`, `ended` the latest predecessors' ends: monotonic
+    seconds and exit code, oldest first.
     """
 
     generation: int
+    init: int
     sockets: Mapping[str, socket.socket]
     resolv: int | None
     pulse: int
@@ -43,7 +45,7 @@ def take_over(environ: Mapping[str, str]) -> Handover:
             name: int(number) for name, number in (pair.split("=") for pair in environ["INITD_FDS"].split(",") if pair)
         }
         keeper = socket.socket(fileno=int(environ["INITD_KEEPER_FD"]))
-        generation = int(environ["INITD_GENERATION"])
+        generation, init = int(environ["INITD_GENERATION"]), int(environ["INITD_INIT"])
         ends = (pair.split(":") for pair in environ.get("INITD_ENDED", "").split(",") if pair)
         ended = tuple((float(at), int(code)) for at, code in ends)
         resolv, pulse = descriptors.pop("resolv", None), descriptors.pop("pulse")
@@ -56,7 +58,7 @@ def take_over(environ: Mapping[str, str]) -> Handover:
         if descriptor is not None:
             os.set_inheritable(descriptor, False)
     keeper.setblocking(False)
-    return Handover(generation, sockets, resolv, pulse, keeper, ended)
+    return Handover(generation, init, sockets, resolv, pulse, keeper, ended)
 
 
 def beat(pulse: int) -> None:

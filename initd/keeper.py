@@ -128,6 +128,7 @@ class Keeper:
                 "INITD_KEEPER_FD": str(own),
                 "INITD_FDS": ",".join(f"{name}={fd}" for name, fd in fds.items()),
                 "INITD_GENERATION": str(self._generation),
+                "INITD_INIT": str(self._init),
                 "INITD_ENDED": ",".join(f"{at:.1f}:{code}" for at, code in self._ends),
             }
             for fd in (own, *fds.values()):

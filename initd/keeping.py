@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 from typing import TYPE_CHECKING, Any
 
 from initd.errors import EnforcementError
@@ -34,6 +35,7 @@ class Keeping:
         self.ended = handover.ended
         self.lost = False
         self.stopping = asyncio.Event()
+        self._init = handover.init
         self._channel = handover.keeper
         self._pulse = handover.pulse
         self._log = log
@@ -95,13 +97,21 @@ class Keeping:
         except ConnectionError:
             packet = b""
         if not packet:
-            # The keeper is gone. Rules and guard go on without it; there is nobody left to restart us.
+            # The keeper is gone. Rules and guard go on without it; there is nobody left to restart us, or to end us.
             asyncio.get_running_loop().remove_reader(self._channel)
             self.lost = True
             self._log.error("keeper.lost")
+            self._end_with_init()
             return
         message = json.loads(packet)
         if message["event"] == "stop":
             self.stopping.set()
         elif message["event"] == "probe" and (future := self._waiting.get(message["id"])) and not future.done():
             future.set_result(message)
+
+    def _end_with_init(self) -> None:
+        """A pidfd is readable once its process has ended, and needs no permission over it, pidfd_open(2)."""
+        try:
+            asyncio.get_running_loop().add_reader(os.pidfd_open(self._init), self.stopping.set)
+        except ProcessLookupError:
+            self.stopping.set()

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import select
 import signal
 import statistics
 import subprocess
@@ -110,6 +111,21 @@ def test_a_lost_keeper_is_said(box: Callable[..., Box]) -> None:
     assert "restart the box" in checks["keeper"]["detail"]
     assert attempt(one, SITE).error is None, "rules and guard go on"
     assert attempt(one, UNLISTED).error
+
+
+def test_a_warden_without_a_keeper_ends_with_its_init(lab: Lab) -> None:
+    """Where initd is not PID 1, no kernel ends what it leaves behind."""
+    one = lab.box(policy="site.example\n", argv=("/bin/sh", "-c", f"{product.INITD}; exec sleep 60"))
+    one.start()
+    pids = one.pids()
+    os.kill(pids["keeper"], signal.SIGKILL)
+    eventually(lambda: not one.status()["keeper"], "the loss in the status", 2.0)
+    init = int(Path(f"/proc/{pids['init']}/task/{pids['init']}/children").read_text())
+    assert not select.select([warden := os.pidfd_open(pids["warden"])], [], [], 1.0)[0], "it goes on while there is a box"
+    os.kill(init, signal.SIGTERM)
+    assert select.select([warden], [], [], 5.0)[0], "the warden is left behind"
+    os.close(warden)
+    assert "127.0.0.1" not in one.read("/etc/resolv.conf")
 
 
 def test_a_crash_loop_is_said(box: Callable[..., Box]) -> None:
