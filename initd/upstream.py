@@ -85,12 +85,16 @@ class Server:
 
 
 class Attempt:
-    """One message to one server, over UDP; `sock` is None once it is over."""
+    """One message to one server, over UDP; `sock` is None once it is over.
 
-    __slots__ = ("asked", "sent", "server", "sock")
+    `edns` and `mixed_case`: how it was asked. What is thought of the server may change while others are on their way.
+    """
+
+    __slots__ = ("asked", "edns", "mixed_case", "sent", "server", "sock")
 
     def __init__(self, server: Server, asked: bytes, sock: socket.socket) -> None:
         self.server = server
+        self.edns, self.mixed_case = server.edns, server.mixed_case
         self.asked = asked
         self.sock: socket.socket | None = sock
         self.sent = time.monotonic()
@@ -222,15 +226,15 @@ class Upstreams:
             sock.setblocking(False)
             sock.connect(server.place)
             sock.send(asked)
+            attempt = Attempt(server, asked, sock)
+            asyncio.get_running_loop().add_reader(sock.fileno(), self._readable, question, attempt)
         except OSError as error:
             self._unreachable(question, server, error)
             if sock is not None:
                 sock.close()
             return False
-        attempt = Attempt(server, asked, sock)
         question.attempts.append(attempt)
         server.asked += 1
-        asyncio.get_running_loop().add_reader(sock.fileno(), self._readable, question, attempt)
         return True
 
     def _unreachable(self, question: Question, server: Server, error: OSError) -> None:
@@ -266,10 +270,11 @@ class Upstreams:
         except wire.Malformed:
             answer = None
         if answer is None:
-            if attempt.server.mixed_case and wire.echoes(data, attempt.asked):
+            if attempt.mixed_case and wire.echoes(data, attempt.asked):
                 # Not believed: asked again without mixed case, under a new id and port.
+                if attempt.server.mixed_case:
+                    self._log.warning("dns.upstream.case", server=attempt.server.place[0])
                 attempt.server.mixed_case = False
-                self._log.warning("dns.upstream.case", server=attempt.server.place[0])
                 self._again(question, attempt)
             return
         self._answered(question, attempt, answer)
@@ -290,7 +295,7 @@ class Upstreams:
                 task.add_done_callback(tasks.discard)
         elif answer.rcode in (wire.NOERROR, wire.NXDOMAIN):
             self._finish(question, answer, "")
-        elif answer.rcode in (wire.FORMERR, wire.NOTIMP) and server.edns:
+        elif answer.rcode in (wire.FORMERR, wire.NOTIMP) and attempt.edns:
             server.edns = False  # RFC 6891, 7: an old server
             self._again(question, attempt)
         else:

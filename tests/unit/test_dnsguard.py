@@ -325,6 +325,22 @@ class TestUpstream:
             assert (await lab.ask("four.example")).addresses == ["203.0.113.4"]
             assert not lab.guard.stats().upstreams[0].edns
 
+    @pytest.mark.parametrize("manner", ["no EDNS", "lower case"])
+    @scenario
+    async def test_what_is_found_out_about_a_server_holds_for_all_questions_on_their_way_to_it(self, manner):
+        async with guarded() as lab:
+            names = [f"a{number}.wild.example" for number in range(20)]
+            lab.upstream.zone = {name: ["203.0.113.7"] for name in names}
+            lab.upstream.delay = 0.05
+            lab.upstream.handler = {
+                "no EDNS": lambda data, _: [data[:2] + b"\x81\x81" + b"\0" * 8] if data[11] else None,
+                "lower case": lambda data, _: [lab.upstream.answer(data[:12] + data[12:].lower())],
+            }[manner]
+            got = await asyncio.gather(*map(lab.ask, names))
+            assert [one.addresses for one in got] == [["203.0.113.7"]] * 20
+            assert max(one.seconds for one in got) < 0.5
+            assert lab.guard.stats().upstreams[0].timeouts == 0
+
     @pytest.mark.parametrize("rcode", [2, 5])
     @scenario
     async def test_the_next_server_is_asked_at_once_when_one_refuses(self, rcode):
