@@ -229,7 +229,8 @@ class DnsGuard:
         if judged.fate is Fate.FORWARD and judged.decision.verdict is not Verdict.LISTED:
             asked = Asked(judged.name, type_name(query.type), judged.decision.verdict, peer, port.stream, allowed=True)
             self.on_refused(asked)
-        outcome = self._want((query.name, query.type), judged, partial(_deliver, data, query, port, peer))
+        waiting = data[: query.end]  # an answer repeats no more of it, and thousands may have to wait
+        outcome = self._want((query.name, query.type), judged, partial(_deliver, waiting, query, port, peer))
         return None if outcome is None else _rendered(data, query, port, outcome)
 
     def _judge(self, name: bytes) -> Judged:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import functools
 import random
+import socket
 import time
+import tracemalloc
 from ipaddress import ip_address
 
 import dns.flags
@@ -185,6 +187,23 @@ class TestBeforeTheAnswer:
             assert all(one.addresses == ["203.0.113.4"] for one in got)
             assert lab.upstream.asked == [("four.example", "A", "udp")]
             assert all(event[0] == "learn" for event in lab.events[:3])
+
+    @scenario
+    async def test_a_client_that_waits_costs_no_more_for_a_long_question(self):
+        async with guarded() as lab:
+            lab.upstream.handler = lambda *_: []
+            padded = dns.message.make_query("a.wild.example", "A", use_edns=0, pad=4000).to_wire(max_size=4096)
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
+                client.connect(("127.0.0.1", lab.port))
+                tracemalloc.start()
+                for number in range(500):
+                    client.send(number.to_bytes(2) + padded[2:])
+                    await asyncio.sleep(0)
+                while lab.guard.stats().counts.queries < 500:
+                    await asyncio.sleep(0.01)
+                held, _ = tracemalloc.get_traced_memory()
+                tracemalloc.stop()
+            assert held < 500 * 2000
 
     @scenario
     async def test_when_the_kernel_refuses_the_answer_is_servfail_and_it_recovers(self):
