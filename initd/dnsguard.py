@@ -31,10 +31,11 @@ from initd.core.dnsfilter import (
     screen,
     type_name,
 )
+from initd.core.leases import Held
 from initd.core.policy import Verdict
 from initd.core.throttle import Throttle
 from initd.dnsfigures import Asked, Counts, GuardStats, ResolveError
-from initd.dnslearn import Held, LearnedSet, Learner
+from initd.dnslearn import LearnedSet, Learner
 from initd.dnslisten import Doors, Port
 from initd.dnsrefresh import Refresher
 from initd.upstream import Question, Upstreams
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     import socket
     from collections.abc import Callable, Collection, Iterable, Mapping
 
-    from initd.core.policy import Service
     from initd.core.ruleset import Element, Endpoint, IPAddress
     from initd.logs import Log
 
@@ -136,7 +136,7 @@ class DnsGuard:
         self._generation += 1
         self._upstreams.withdraw(lambda name: self._judge(name).fate not in _ASKED)
         self._take_hosts()
-        return self._learner.reconsider(self._services_of)
+        return self._learner.reconsider(lambda name, address: self._held_by(name, address).services)
 
     def _take_hosts(self) -> None:
         """Learn what /etc/hosts says about listed names: libc reads it before it asks anybody."""
@@ -156,7 +156,7 @@ class DnsGuard:
 
         One that is over gets `least` seconds, or is left out when that is 0.
         """
-        return self._learner.restore(saved, self._services_of, elapsed=elapsed, least=least)
+        return self._learner.restore(saved, self._held_by, elapsed=elapsed, least=least)
 
     async def resolve(self, name: str) -> tuple[IPAddress, ...]:
         """A and AAAA by the clients' path: learned before this returns. Raises ResolveError."""
@@ -241,13 +241,13 @@ class DnsGuard:
             judged = self._judged[name] = judge(name, self._decide, self._options)
         return judged
 
-    def _services_of(self, name: str, address: IPAddress) -> frozenset[Service]:
+    def _held_by(self, name: str, address: IPAddress) -> Held:
         """What `name` may open at `address` under the policy in force."""
         with contextlib.suppress(ValueError):
             judged = self._judge(name_wire(name))
             if judged.fate in _ASKED and learnable(address.packed, judged):
-                return judged.decision.services
-        return frozenset()
+                return _held(judged, (address,))
+        return Held(name, (address,), frozenset(), literal=False)
 
     def _want(self, key: Key, judged: Judged, wait: Callable[[Outcome], None]) -> Outcome | None:
         """The outcome when it is known now; otherwise None, and `wait` is called with it once it is."""
@@ -331,13 +331,13 @@ class DnsGuard:
         Until `entry.check` the cached answer may leave without asking the kernel: its addresses then still have at
         least the remaining TTL and a grace, and at least the floor and half a grace.
         """
-        left, name = max(entry.expires - now, 0.0), entry.judged.name
+        left = max(entry.expires - now, 0.0)
         if entry.learned:
-            held = Held(name, entry.learned, entry.judged.decision.services)
+            held = _held(entry.judged, entry.learned)
             done = self._learner.hold(held, lifetime=self._terms.lifetime(left), now=now)
             if done is None:  # the name is over its cap: an older answer's addresses may be gone
                 for qtype in _CARRIED:
-                    self._cache.drop((name_wire(name), qtype))
+                    self._cache.drop((name_wire(held.name), qtype))
             elif not done:
                 return False
         entry.check = now + min(RECHECK, max(left - self._terms.floor, 0.0) + self._terms.grace / 2)
@@ -358,6 +358,10 @@ class DnsGuard:
     async def _refresh(self, key: Key) -> bool | None:
         judged = self._judge(key[0])
         return isinstance(await self._outcome(key), Entry) if _kept(judged) else None
+
+
+def _held(judged: Judged, addresses: tuple[IPAddress, ...]) -> Held:
+    return Held(judged.name, addresses, judged.decision.services, judged.decision.literal)
 
 
 def _kept(judged: Judged) -> bool:

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from initd.core.leases import MOST, Leases
+from initd.core.leases import Held, Leases
 from initd.errors import InitdError, KernelError
 
 if TYPE_CHECKING:
@@ -29,15 +28,6 @@ class LearnedSet(Protocol):
         """Delete."""
 
 
-@dataclass(frozen=True, slots=True)
-class Held:
-    """What a name may open at some addresses."""
-
-    name: str
-    addresses: tuple[IPAddress, ...]
-    services: frozenset[Service]
-
-
 class Learner:
     """Grants leases. `failures` counts what the kernel did not take."""
 
@@ -50,9 +40,10 @@ class Learner:
 
     def hold(self, held: Held, *, lifetime: float, now: float) -> bool | None:
         """Put `held` into the set for `lifetime` seconds; False when it takes no more, None when others had to go."""
-        if not self.leases.has_room(held.name, held.addresses):
-            return self._complain("learn", len(held.addresses), KernelError(f"{MOST} leases are held already"))
-        grant = self.leases.grant(held.name, held.addresses, held.services, lifetime=lifetime, now=now)
+        if not self.leases.has_room(held):
+            error = KernelError("names below wildcards hold as much as they may together")
+            return self._complain("learn", len(held.addresses), error)
+        grant = self.leases.grant(held, lifetime=lifetime, now=now)
         if not self._learn(grant.insert):
             # Some may have got in before the one that did not; an element without a lease would never be taken back.
             self._forget([element for element, _ in grant.insert if not self.leases.needs(element)])
@@ -77,7 +68,7 @@ class Learner:
     def restore(
         self,
         saved: Mapping[str, Mapping[IPAddress, int]],
-        services_of: Callable[[str, IPAddress], frozenset[Service]],
+        held_by: Callable[[str, IPAddress], Held],
         *,
         elapsed: float,
         least: float,
@@ -87,9 +78,9 @@ class Learner:
         for name, addresses in saved.items():
             for address, seconds in addresses.items():
                 left = min(max(seconds - elapsed, least), self.leases.terms.longest)
-                services = services_of(name, address)
-                if left > 0 and services:
-                    taken += self.hold(Held(name, (address,), services), lifetime=left, now=now) is not False
+                held = held_by(name, address)
+                if left > 0 and held.services:
+                    taken += self.hold(held, lifetime=left, now=now) is not False
         return taken
 
     def _learn(self, elements: list[tuple[Element, int]]) -> bool:

@@ -83,7 +83,9 @@ class Keeper:
         parent: Channel,
     ) -> None:
         self._settings, self._argv, self._account, self._held, self._parent = settings, warden, account, held, parent
-        self._init = parent.maker  # not getppid(): it may have died, and then all that its heir has below it would be ours
+        self._init = (
+            parent.maker
+        )  # not getppid(): that is its heir when it has died, and all below the heir is not ours
         self._pid: int | None = None
         self._channel: Channel | None = None
         self._generation = 0

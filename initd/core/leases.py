@@ -8,11 +8,11 @@ caller.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_address
 from typing import TYPE_CHECKING, Any
 
-from initd.core.ruleset import Element
+from initd.core.ruleset import LEARNED_MOST, Element
 from initd.core.wire import MAX_TTL
 
 if TYPE_CHECKING:
@@ -21,23 +21,28 @@ if TYPE_CHECKING:
     from initd.core.policy import Service
     from initd.core.ruleset import IPAddress
 
-MOST = 65536
-"""Leases at the same time, as many as the kernel's set has elements; names below one wildcard may share an address."""
+WILD_MOST = LEARNED_MOST // 4
+"""What names below wildcards may hold together: a lease counts one, and each of its services one more.
 
-MAX_SAVED = MOST
+Whoever owns such a zone can make up names and addresses without end. What is left of the kernel's set is for names
+that are listed literally; of those the policy bounds the number and `Terms.cap` the addresses.
+"""
+
+MAX_SAVED = LEARNED_MOST
 """Addresses that are taken from a saved state."""
 
 
 class Lease:
-    """`services` of one address for one name, until `expires`."""
+    """`services` of one address for one name, until `expires`; `literal` as in `Held`."""
 
-    __slots__ = ("address", "expires", "name", "services")
+    __slots__ = ("address", "expires", "literal", "name", "services")
 
-    def __init__(self, name: str, address: IPAddress, services: frozenset[Service], expires: float) -> None:
+    def __init__(self, name: str, address: IPAddress, expires: float, *, literal: bool) -> None:
         self.name = name
         self.address = address
-        self.services = services
+        self.services: frozenset[Service] = frozenset()
         self.expires = expires
+        self.literal = literal
 
 
 class _Use:
@@ -51,12 +56,20 @@ class _Use:
 
 
 @dataclass(frozen=True, slots=True)
-class Grant:
-    """What an answer would change. `insert` must be in the kernel before `Leases.commit`."""
+class Held:
+    """What `name` may open at some addresses; `literal` when it is listed by itself, not only by a wildcard."""
 
     name: str
     addresses: tuple[IPAddress, ...]
     services: frozenset[Service]
+    literal: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """What an answer would change. `insert` must be in the kernel before `Leases.commit`."""
+
+    held: Held
     expires: float
     insert: list[tuple[Element, int]]
 
@@ -90,6 +103,7 @@ class Leases:
         self._uses: dict[IPAddress, dict[Service, _Use]] = {}
         self._in_use: Collection[IPAddress] = frozenset()
         self._count = 0
+        self._wild = 0  # as WILD_MOST counts
 
     def __len__(self) -> int:
         return self._count
@@ -109,43 +123,44 @@ class Leases:
         """Addresses that `name` holds, least recently answered first."""
         return tuple(self._by_name.get(name, ()))
 
-    def has_room(self, name: str, addresses: Collection[IPAddress]) -> bool:
-        """Whether the leases that an answer adds stay within `MOST`; one that adds none always does."""
-        fresh = len(addresses) - sum(address in self._by_name.get(name, ()) for address in addresses)
-        return not fresh or self._count + fresh <= MOST
+    def has_room(self, held: Held) -> bool:
+        """Whether the leases that an answer adds stay within `WILD_MOST`; one that adds none always does."""
+        known = self._by_name.get(held.name, ())
+        fresh = sum(address not in known for address in held.addresses)
+        return held.literal or not fresh or self._wild + fresh * (1 + len(held.services)) <= WILD_MOST
 
-    def grant(
-        self, name: str, addresses: Iterable[IPAddress], services: frozenset[Service], *, lifetime: float, now: float
-    ) -> Grant:
-        """What an answer for `name` must put into the kernel; changes nothing. Addresses beyond the cap are left out.
+    def grant(self, held: Held, *, lifetime: float, now: float) -> Grant:
+        """What an answer must put into the kernel; changes nothing. Addresses beyond the cap are left out.
 
-        `services` are those that the name's other leases have: a policy that changes them goes through `reconsider`.
+        Its services are those that the name's other leases have: a policy that changes them goes through `reconsider`.
         An element's time-out never goes below what another lease on it needs.
         """
-        chosen = tuple(addresses)[: self.terms.cap]
+        held = replace(held, addresses=held.addresses[: self.terms.cap])
         expires = now + lifetime
         insert: list[tuple[Element, int]] = []
-        for address in chosen:
-            insert += self._elements(address, services, expires=expires, now=now)
-        return Grant(name, chosen, services, expires, insert)
+        for address in held.addresses:
+            insert += self._elements(address, held.services, expires=expires, now=now)
+        return Grant(held, expires, insert)
 
     def commit(self, grant: Grant) -> list[Element]:
         """Record `grant`, now that the kernel holds it; returns what to forget, because the name is over its cap."""
-        held = self._by_name.setdefault(grant.name, {})
-        for address in grant.addresses:
-            lease = held.pop(address, None)
+        name, addresses = grant.held.name, grant.held.addresses
+        leases = self._by_name.setdefault(name, {})
+        for address in addresses:
+            lease = leases.pop(address, None)
             if lease is None:
-                lease = Lease(grant.name, address, frozenset(), grant.expires)
-                self._by_address.setdefault(address, {})[grant.name] = lease
+                lease = Lease(name, address, grant.expires, literal=grant.held.literal)
+                self._by_address.setdefault(address, {})[name] = lease
                 self._count += 1
+                self._wild += not lease.literal
             lease.expires = max(lease.expires, grant.expires)
-            self._use(lease, grant.services)
-            held[address] = lease
-        excess = len(held) - self.terms.cap
+            self._use(lease, grant.held.services)
+            leases[address] = lease
+        excess = len(leases) - self.terms.cap
         if excess <= 0:
             return []
-        kept = set(grant.addresses).union(self._in_use)
-        unused = [lease for address, lease in held.items() if address not in kept]
+        kept = set(addresses).union(self._in_use)
+        unused = [lease for address, lease in leases.items() if address not in kept]
         return self._remove(unused[:excess])
 
     def reconsider(
@@ -211,6 +226,8 @@ class Leases:
             uses[service].until = max(uses[service].until, lease.expires)
         if not uses:
             del self._uses[lease.address]
+        if not lease.literal:
+            self._wild += len(services) - len(lease.services)
         lease.services = services
 
     def _elements(
@@ -237,6 +254,7 @@ class Leases:
             if not holders:
                 del self._by_address[lease.address]
             self._count -= 1
+            self._wild -= not lease.literal
             elements.update((_element(lease.address, service), None) for service in lease.services)
             self._use(lease, frozenset())
         return [element for element in elements if not self.needs(element)]

@@ -46,6 +46,10 @@ class Element(NamedTuple):
     port: int
 
 
+LEARNED_MOST = 1 << 18
+"""Elements that a learned set must have room for (`core.leases.WILD_MOST` says why so many); nothing is reserved."""
+
+
 @dataclass(frozen=True, slots=True)
 class Ruleset:
     """What OUTPUT, INPUT and FORWARD are to do, in the order of docs/architecture.md ("Rules").

@@ -32,7 +32,6 @@ _CHUNK = 60_000
 """Bytes of elements in one message; a netlink attribute holds at most 65,535."""
 
 _MAX_TIMEOUT = 2_147_483  # IPSET_MAX_TIMEOUT, seconds; 0 would mean for ever
-LEARNED_MAX = 65_536
 LEARNED_TIMEOUT = 300
 """Seconds, only a default: every learned element brings its own."""
 

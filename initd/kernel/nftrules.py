@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from initd.core.ruleset import LEARNED_MOST
 from initd.core.special import SPECIAL4, SPECIAL6
 
 if TYPE_CHECKING:
@@ -24,7 +25,6 @@ CHAINS: Mapping[str, str] = {
 }
 """Chain → its declaration. The policy is reached only when somebody empties the chain: then the box is shut."""
 
-LEARNED_SIZE = 65536
 ENGINE_DNS = "127.0.0.11"
 _FAMILIES = ((4, "ip"), (6, "ip6"))
 _NEIGHBOUR = "icmpv6 type { nd-neighbor-advert, nd-neighbor-solicit, nd-router-advert, nd-router-solicit } accept"
@@ -63,7 +63,7 @@ def set_types() -> Iterator[tuple[str, str]]:
         yield f"initd{version}-static", f"{key} flags interval;"
         yield f"initd{version}-private", f"{key} flags interval;"
         yield f"initd{version}-special", f"type ipv{version}_addr; flags interval;"
-        yield f"initd{version}-learned", f"{key} size {LEARNED_SIZE}; flags timeout;"
+        yield f"initd{version}-learned", f"{key} size {LEARNED_MOST}; flags timeout;"
     yield AUDIT, "type nf_proto; flags timeout;"
 
 

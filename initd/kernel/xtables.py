@@ -15,7 +15,7 @@ from pathlib import Path
 from socket import AF_INET6, SOCK_DGRAM, socket
 from typing import TYPE_CHECKING, Any
 
-from initd.core.ruleset import Element
+from initd.core.ruleset import LEARNED_MOST, Element
 from initd.core.special import SPECIAL4, SPECIAL6
 from initd.errors import KernelError
 from initd.kernel import chains as rules
@@ -258,7 +258,7 @@ def _reason(chain: str, rule: str) -> str:
 
 def _learned_spec(version: int) -> ipset.SetSpec:
     name = rules.set_name(version, "learned")
-    return ipset.SetSpec(name, "hash:ip,port", version, ipset.LEARNED_MAX, ipset.LEARNED_TIMEOUT)
+    return ipset.SetSpec(name, "hash:ip,port", version, LEARNED_MOST, ipset.LEARNED_TIMEOUT)
 
 
 def _has_ipv6() -> bool:

@@ -515,7 +515,7 @@ def test_learned_survive_apply_but_not_lockdown(box, backend):
 def test_a_full_or_missing_set_is_an_error_and_passes(box, backend, monkeypatch):
     with pytest.raises(KernelError, match="No such file"):
         box.do(backend.learn, [(element(PUBLIC4), 60)])
-    monkeypatch.setattr(nftrules, "LEARNED_SIZE", 2)
+    monkeypatch.setattr(nftrules, "LEARNED_MOST", 2)
     box.do(backend.apply, Ruleset(WARDEN))
     many = [(element(PUBLIC4, port=port), 60) for port in range(1, 20)]
     with pytest.raises(KernelError, match="Too many open files"):  # ENFILE

@@ -14,10 +14,10 @@ from pathlib import Path
 
 import pytest
 
-from initd.core.ruleset import Ruleset
+from initd.core.ruleset import LEARNED_MOST, Ruleset
 from initd.enforce import Enforcer
 from initd.errors import KernelError, PrivilegeError
-from initd.kernel import ipset, libiptc, xtables
+from initd.kernel import libiptc, xtables
 from initd.kernel.xtables import Xtables
 from tests.kernel.test_contract import LEARNED4, LISTED4, RULESET, armed, element, tries
 from tests.kernel.wire import WARDEN, run
@@ -204,11 +204,11 @@ def test_a_learned_set_that_is_too_small_grows_and_keeps_what_it_holds(wire):
     learned, outcome = wire.do(body)
     assert 190 <= learned[element(LEARNED4)] <= 200
     assert outcome == "open"
-    assert "maxelem 65536" in wire.shell("ipset", "list", "initd4-learned")
+    assert f"maxelem {LEARNED_MOST}" in wire.shell("ipset", "list", "initd4-learned")
 
 
 def test_a_full_learned_set_and_a_missing_one_are_errors(wire, monkeypatch):
-    monkeypatch.setattr(ipset, "LEARNED_MAX", 64)
+    monkeypatch.setattr(xtables, "LEARNED_MOST", 64)
 
     def body():
         made = armed(Xtables)

@@ -199,8 +199,8 @@ class TestBeforeTheAnswer:
                 for number in range(500):
                     client.send(number.to_bytes(2) + padded[2:])
                     await asyncio.sleep(0)
-                while lab.guard.stats().counts.queries < 500:
-                    await asyncio.sleep(0.01)
+                await asyncio.sleep(0.3)
+                assert lab.guard.stats().counts.queries == 500
                 held, _ = tracemalloc.get_traced_memory()
                 tracemalloc.stop()
             assert held < 500 * 2000
@@ -220,13 +220,19 @@ class TestBeforeTheAnswer:
             assert (await lab.ask("four.example")).addresses == ["203.0.113.4"]
 
     @scenario
-    async def test_when_there_is_no_room_for_a_lease_the_answer_is_servfail_and_what_is_held_stays(self, monkeypatch):
+    async def test_names_below_a_wildcard_cannot_use_up_the_room_of_listed_names(self, monkeypatch):
         async with guarded() as lab:
-            await lab.ask("four.example")
-            monkeypatch.setattr("initd.core.leases.MOST", 1)
-            assert (await lab.ask("a.wild.example")).rcode == "SERVFAIL"
-            assert lab.kernel.addresses() == {"203.0.113.4"}
+            for number in range(40):
+                lab.upstream.zone[f"{number}.wild.example"] = [f"192.0.2.{number}"]
+            monkeypatch.setattr("initd.core.leases.WILD_MOST", 20 * 4)  # leases of three services each
+            answers = [(await lab.ask(f"{number}.wild.example")).rcode for number in range(40)]
+            assert answers == ["NOERROR"] * 20 + ["SERVFAIL"] * 20
+            assert len(lab.kernel.addresses()) == 20
+            assert lab.log.named("dns.set")
             assert (await lab.ask("four.example")).addresses == ["203.0.113.4"]
+            assert (await lab.ask("0.wild.example")).addresses == ["192.0.2.0"], "what is held stays"
+            saved = {"site.example": {ip_address("203.0.113.1"): 50}, "a.wild.example": {ip_address("203.0.113.7"): 50}}
+            assert lab.guard.restore(saved, elapsed=0) == 1
 
     @scenario
     async def test_what_got_in_before_the_refusal_is_taken_back(self):

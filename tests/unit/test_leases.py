@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from initd.core.leases import MAX_SAVED, Leases, Terms, from_state
+from initd.core.leases import MAX_SAVED, WILD_MOST, Held, Leases, Terms, from_state
 from initd.core.policy import Service
-from initd.core.ruleset import Element
+from initd.core.ruleset import LEARNED_MOST, Element
 
 WEB, SSH = Service("tcp", 443), Service("tcp", 22)
 A, B, C = (ip_address(f"203.0.113.{n}") for n in (1, 2, 3))
@@ -22,8 +22,12 @@ def element(address, service=WEB):
     return Element(ip_network(address), service.proto, service.port)
 
 
-def take(leases, name, *addresses, ttl=0.0, now=0.0, services=frozenset({WEB})):
-    grant = leases.grant(name, addresses, services, lifetime=leases.terms.lifetime(ttl), now=now)
+def held(name, *addresses, services=frozenset({WEB}), literal=False):
+    return Held(name, addresses, services, literal)
+
+
+def take(leases, name, *addresses, ttl=0.0, now=0.0, **how):
+    grant = leases.grant(held(name, *addresses, **how), lifetime=leases.terms.lifetime(ttl), now=now)
     return grant, leases.commit(grant)
 
 
@@ -35,7 +39,7 @@ def test_lifetime_is_the_longer_of_ttl_and_floor_plus_grace(ttl, expected):
 
 def test_a_grant_changes_nothing_until_it_is_committed():
     leases = Leases()
-    leases.grant("a", (A,), frozenset({WEB}), lifetime=90, now=0)
+    leases.grant(held("a", A), lifetime=90, now=0)
     assert len(leases) == 0
 
 
@@ -111,21 +115,40 @@ def test_many_names_of_one_address_cost_no_more_than_many_addresses():
     assert (len(leases), leases.needs(element(A, SSH))) == (0, False)
 
 
-def test_there_are_no_more_leases_than_the_kernel_has_room_for(monkeypatch):
-    monkeypatch.setattr("initd.core.leases.MOST", 2)
+def test_names_below_wildcards_hold_no_more_than_their_share(monkeypatch):
+    monkeypatch.setattr("initd.core.leases.WILD_MOST", 4)
     leases = Leases()
-    assert leases.has_room("a", (A, B))
+    assert leases.has_room(held("a", A, B))
+    take(leases, "listed", A, B, C, literal=True)
+    assert leases.has_room(held("a", A, B)), "a literal name takes none of it"
     take(leases, "a", A, B)
-    assert leases.has_room("a", (B, A))
-    assert not leases.has_room("a", (A, C))
-    assert not leases.has_room("b", (A,))
+    assert leases.has_room(held("a", B, A))
+    assert not leases.has_room(held("a", A, C))
+    assert not leases.has_room(held("b", A))
+    assert leases.has_room(held("b", A, B, C, literal=True))
     leases.sweep(91, frozenset())
-    assert leases.has_room("b", (A,))
+    assert leases.has_room(held("b", A, services=frozenset({WEB, SSH})))
+    assert not leases.has_room(held("b", A, B, services=frozenset({WEB, SSH}))), "two elements each"
+
+
+def test_the_share_is_counted_through_every_change(monkeypatch):
+    monkeypatch.setattr("initd.core.leases.WILD_MOST", 6)
+    leases = Leases(Terms(cap=1))
+    take(leases, "a", A, services=frozenset({WEB, SSH}))
+    take(leases, "a", B, services=frozenset({WEB, SSH}))  # A is over the cap
+    assert leases.has_room(held("b", A, services=frozenset({WEB, SSH})))
+    leases.reconsider(lambda *_: frozenset({WEB}), now=1)
+    assert leases.has_room(held("b", A, C))
+    assert not leases.has_room(held("b", A, C, SIX))
+
+
+def test_what_wildcards_may_hold_leaves_most_of_the_kernels_set_to_others():
+    assert 4 * WILD_MOST <= LEARNED_MOST
 
 
 def test_one_answer_beyond_the_cap_is_cut():
     grant, evicted = take(Leases(Terms(cap=2)), "a", A, B, C)
-    assert grant.addresses == (A, B)
+    assert grant.held.addresses == (A, B)
     assert evicted == []
 
 
@@ -197,7 +220,8 @@ def test_the_kernel_holds_what_some_lease_needs_and_nothing_else(table, steps): 
         kernel = {one: until for one, until in kernel.items() if until > now}  # the set's own time-outs
         match step:
             case ("answer", name, addresses, ttl) if table[name]:
-                grant = leases.grant(name, addresses, table[name], lifetime=leases.terms.lifetime(ttl), now=now)
+                wanted = held(name, *addresses, services=table[name])
+                grant = leases.grant(wanted, lifetime=leases.terms.lifetime(ttl), now=now)
                 for one, seconds in grant.insert:
                     assert seconds >= 1
                     kernel[one] = now + seconds
