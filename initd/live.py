@@ -25,6 +25,7 @@ from initd.errors import EnforcementError, InitdError, PrivilegeError
 from initd.kernel import conntrack
 from initd.network import neighbourhood
 from initd.published import publish, text
+from initd.published import replace as replace_file
 from initd.resolve import Resolution, guard_options, resolve_names
 
 if TYPE_CHECKING:
@@ -212,10 +213,10 @@ class Live:
         """
         settings = self.parts.settings
         async with self._writing:  # what was gathered later must not be overtaken by what was gathered earlier
-            document = memory.remember(self, now=time.time())
-            await asyncio.to_thread(memory.save, document, settings.run_dir / memory.FILE)
+            document = await asyncio.to_thread(memory.dump, memory.remember(self, now=time.time()))
+            await asyncio.to_thread(replace_file, settings.run_dir / memory.FILE, document)
             try:
-                await asyncio.to_thread(memory.save, document, settings.state_dir / memory.FILE)
+                await asyncio.to_thread(replace_file, settings.state_dir / memory.FILE, document)
             except OSError as error:
                 if not self._forgetful:
                     self.parts.log.warning(

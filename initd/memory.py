@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import tomli_w
 
 from initd.core.policy import Feed
-from initd.published import replace
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,7 +24,9 @@ if TYPE_CHECKING:
 
 FILE = "state.toml"
 FORMAT = 1
-LIMIT = 16 << 20
+LIMIT = 64 << 20
+"""Bytes. A session can have `core.leases.WILD_MOST` leases of the longest names, 21 MB; and a warden that cannot read
+what was in force would take the policy from its file."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +60,8 @@ def remember(live: Live, *, now: float) -> State:
     )
 
 
-def save(state: State, path: Path) -> None:
-    """Replace the document at `path`; raises OSError, and then the old one is still there."""
+def dump(state: State) -> str:
+    """The document that `load` makes an equal state of."""
     document = {
         "format": FORMAT,
         "saved": state.saved,
@@ -70,7 +71,7 @@ def save(state: State, path: Path) -> None:
         "feeds": {feed.value: [str(network) for network in networks] for feed, networks in state.feeds.items()},
         "leases": state.leases,
     }
-    replace(path, tomli_w.dumps(document, multiline_strings=True))
+    return tomli_w.dumps(document, multiline_strings=True)
 
 
 def load(path: Path) -> State | None:
