@@ -314,9 +314,16 @@ class DnsGuard:
             return Failure("insert")
         if ttl:
             self._cache.put(key, entry)
-        if _kept(judged):
-            self._refresher.answered(key, ttl)
+        self._keep(key, entry, now)
         return entry
+
+    def _keep(self, key: Key, entry: Entry, now: float) -> None:
+        """Look it up again in time, if there is an address of that kind to be kept."""
+        leased = held_answer(self.leases.addresses_of(entry.judged.name), key[1], 0).addresses
+        if leased and _kept(entry.judged):
+            self._refresher.answered(key, max(entry.expires - now, 0.0))
+        else:
+            self._refresher.forget(key)
 
     def _note(self, judged: Judged, answer: wire.Answer, stripped: tuple[IPAddress, ...]) -> None:
         self._counts.stripped += len(stripped)
@@ -355,9 +362,11 @@ class DnsGuard:
             self._refresher.failed(key)
         return outcome
 
-    async def _refresh(self, key: Key) -> bool | None:
-        judged = self._judge(key[0])
-        return isinstance(await self._outcome(key), Entry) if _kept(judged) else None
+    async def _refresh(self, key: Key) -> None:
+        if not _kept(self._judge(key[0])):
+            self._refresher.forget(key)
+        elif isinstance(outcome := await self._outcome(key), Entry):
+            self._keep(key, outcome, time.monotonic())
 
 
 def _held(judged: Judged, addresses: tuple[IPAddress, ...]) -> Held:

@@ -2,8 +2,9 @@
 
 Those of literally listed names, for clients that cache longer than the TTL; and those of listed names in /etc/hosts,
 which libc reads by itself, without asking.
-Each name and type is asked again between half and nine tenths of its lease, at a random time, a few at once, and
-never twice within half a floor; one that fails is asked again later and later.
+Each name and type is looked up again between half and eight tenths of its lease, at a random time, a few at once, and
+never twice within half a floor; as long as its TTL lasts that renews the lease and asks nobody. One that fails is asked
+again later and later, one that has no address any more is left to its clients.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ LONGEST_PAUSE = 600.0
 
 
 class Refresher:
-    """`ask` resolves one key by the clients' path and says if it worked; None when it is not listed any more."""
+    """`ask` looks one key up by the clients' path and says what came by `answered`, `failed` or `forget`."""
 
-    def __init__(self, ask: Callable[[Key], Awaitable[bool | None]], terms: Terms) -> None:
+    def __init__(self, ask: Callable[[Key], Awaitable[None]], terms: Terms) -> None:
         self._ask = ask
         self._terms = terms
         self._due: dict[Key, float] = {}
         self._failures: dict[Key, int] = {}
 
     def answered(self, key: Key, ttl: float) -> None:
-        """An answer with this TTL came just now, whoever asked."""
-        pause = max(self._terms.floor / 2, self._terms.lifetime(ttl) * random.uniform(0.5, 0.9))  # noqa: S311 - spreads load
+        """There is an answer with this much of its TTL left, whoever asked."""
+        pause = max(self._terms.floor / 2, self._terms.lifetime(ttl) * random.uniform(0.5, 0.8))  # noqa: S311 - spreads load
         self._due[key] = time.monotonic() + pause
         self._failures.pop(key, None)
 
@@ -49,6 +50,11 @@ class Refresher:
         pause = min(max(self._terms.floor / 2, 1.0) * 2.0 ** min(count, 10), LONGEST_PAUSE)
         self._due[key] = time.monotonic() + pause * random.uniform(1.0, 1.2)  # noqa: S311 - spreads load
 
+    def forget(self, key: Key) -> None:
+        """Nothing has to be kept."""
+        self._due.pop(key, None)
+        self._failures.pop(key, None)
+
     async def run(self) -> None:
         """Until cancelled."""
         tick = min(max(self._terms.floor / 20, 0.1), 5.0)
@@ -60,9 +66,4 @@ class Refresher:
 
     async def _work(self, due: Iterator[Key]) -> None:
         for key in due:
-            worked = await self._ask(key)
-            if worked is None:
-                self._due.pop(key, None)
-                self._failures.pop(key, None)
-            elif not worked:
-                self.failed(key)
+            await self._ask(key)

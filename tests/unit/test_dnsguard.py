@@ -617,6 +617,29 @@ class TestTime:
             assert asked.count("a.wild.example") == 1
 
     @scenario
+    async def test_what_is_refreshed_while_its_ttl_lasts_is_not_looked_at_all_the_time(self, monkeypatch):
+        monkeypatch.setattr("initd.dnsrefresh.random.uniform", lambda low, _: low)
+        async with guarded(terms=Terms(floor=0.2, grace=0.2)) as lab:
+            lab.upstream.ttl = 3
+            await lab.guard.resolve("four.example")
+            await asyncio.sleep(2.9)
+            assert 1 <= lab.guard.stats().counts.from_cache <= 5
+            assert [kind for _, kind, _ in lab.upstream.asked] == ["A", "AAAA"], (
+                "nothing depends on a family without leases"
+            )
+            assert all(until > time.monotonic() for until in lab.kernel.elements.values())
+
+    @scenario
+    async def test_a_name_that_goes_on_failing_is_tried_later_and_later(self, monkeypatch):
+        monkeypatch.setattr("initd.dnsrefresh.random.uniform", lambda low, _: low)
+        async with guarded(terms=Terms(floor=0.4, grace=0.2)) as lab:
+            lab.upstream.handler = lambda data, _: [data[:2] + b"\x81\x82" + data[4:]]
+            with pytest.raises(ResolveError):
+                await lab.guard.resolve("four.example")
+            await asyncio.sleep(4.0)  # after 1, 2 and 4 s; each pause begins with the answer before
+            assert [kind for _, kind, _ in lab.upstream.asked].count("A") == 3
+
+    @scenario
     async def test_listed_names_in_etc_hosts_are_kept_learned_although_nobody_asks(self):
         hosts = {
             "four.example": (ip_address("172.18.0.9"),),
