@@ -102,6 +102,7 @@ class Live:
         self.last_reload: Reloaded | None = None
         self.audit: Audit | None = None
         self.unwritten: str | None = None
+        self.unrevoked: str | None = None
         self._changing = asyncio.Lock()
         self._writing = asyncio.Lock()
         self._audit_changed = asyncio.Event()
@@ -278,11 +279,23 @@ class Live:
         options = replace(options, audit=ruleset.audit is not None)
         self.parts.guard.set_policy(lookup.decide, options=None if options == self._options else options)
         self._options = options
-        if before is None:
+        return () if before is None else await self._revoke(ruleset, names, strays=before.policy != policy)
+
+    async def _revoke(self, ruleset: Ruleset, names: Mapping[IPAddress, str], *, strays: bool) -> tuple[str, ...]:
+        """Take what is not allowed any more out of the learned set and out of open connections; see `_cut`.
+
+        The new rules are in force by now. What cannot be taken is said, and `unrevoked` then says why; a host without
+        nf_conntrack_netlink, which no container can load, lets nobody see its connections.
+        """
+        self.unrevoked = None
+        try:
+            if strays:
+                self._forget_strays(await self.in_worker(self.parts.backend.learned))
+            return await self.in_worker(self._cut, ruleset, names)
+        except InitdError as error:
+            self.unrevoked = error.message
+            self.parts.log.warning("connections.left", reason=error.message)
             return ()
-        if before.policy != policy:
-            self._forget_strays(await self.in_worker(self.parts.backend.learned))
-        return await self.in_worker(self._cut, ruleset, names)
 
     def _forget_strays(self, learned: Iterable[Element]) -> None:
         """Forget learned elements without a lease: what a warden learned just before it was killed.
@@ -316,12 +329,19 @@ class Live:
         around = neighbourhood()
         return {**self.feeds, Feed.HOST: around.gateways, Feed.SUBNET: around.subnets}
 
+    async def held(self) -> Membership:
+        """Every destination that the kernel holds open now."""
+        return await self.in_worker(self._held, self.in_force.ruleset)
+
+    def _held(self, ruleset: Ruleset) -> Membership:
+        return Membership([*ruleset.static, *ruleset.private, *self.parts.backend.learned()])
+
     def _cut(self, ruleset: Ruleset, names: Mapping[IPAddress, str]) -> tuple[str, ...]:
         """Close every connection to the outside that `ruleset` and the learned set no longer allow; tell the open ones.
 
         `names` says by which name an address was learned, for the report.
         """
-        allowed = Membership([*ruleset.static, *ruleset.private, *self.parts.backend.learned()])
+        allowed = self._held(ruleset)
         upstream = {(endpoint.address, endpoint.port) for endpoint in ruleset.upstreams}
         own = neighbourhood().addresses
 

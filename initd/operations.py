@@ -8,7 +8,6 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from initd import __version__, audit, verify, why
-from initd.core.membership import Membership
 from initd.core.spans import show_span
 from initd.errors import ConfigError, PrivilegeError
 from initd.explain import explain
@@ -73,6 +72,8 @@ class Operations:
             found.insert(0, "AUDIT MODE: nothing is enforced, what is not listed is let through and recorded")
         if reason := self._live.unwritten:
             found.append(f"what is in force is not written down: a restart of the warden undoes the reload ({reason})")
+        if reason := self._live.unrevoked:
+            found.append(f"open connections to what is not listed any more may go on ({reason})")
         if not self.recorder.figures().listening:
             found.append("refused connections are counted but not explained: the kernel has no NFLOG for us")
         return found + self._keeping.warnings(time.monotonic())
@@ -87,7 +88,7 @@ class Operations:
         """Everything that `fwctl status` shows."""
         live = self._live
         now, guard = live.in_force, live.parts.guard.stats()
-        learned = live.parts.backend.learned()
+        learned = await live.in_worker(live.parts.backend.learned)
         counters = await live.in_worker(live.parts.backend.counters)
         last = live.last_reload
         return {
@@ -141,15 +142,14 @@ class Operations:
         }
 
     async def _test(self, request: Request, _peer: Peer) -> dict[str, Any]:
-        now = self._live.in_force
-        held = Membership([*now.ruleset.static, *now.ruleset.private, *self._live.parts.backend.learned()])
-        return explain(request.fields["target"], now.lookup, held)
+        held = await self._live.held()
+        return explain(request.fields["target"], self._live.in_force.lookup, held)
 
     async def _log(self, request: Request, _peer: Peer) -> dict[str, Any]:
         return why.rows_after(self.recorder, request.fields["after"])
 
     async def _why(self, request: Request, _peer: Peer) -> dict[str, Any]:
-        return why.why(request.fields["target"], self._live, self.recorder, self._settings)
+        return await why.why(request.fields["target"], self._live, self.recorder, self._settings)
 
     async def _suggest(self, _request: Request, _peer: Peer) -> dict[str, Any]:
         return why.suggestions(self._live, self.recorder, self._settings)

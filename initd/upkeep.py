@@ -15,7 +15,7 @@ from initd.resolve import sweep_pause
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterable
 
-    from initd.core.ruleset import Endpoint
+    from initd.core.ruleset import Endpoint, IPAddress
     from initd.feeds import GithubFeed
     from initd.keeping import Keeping
     from initd.live import Live
@@ -97,8 +97,11 @@ class Upkeep:
         self._keeping.beat()
 
     async def _sweep(self) -> None:
-        in_use = await self._live.in_worker(conntrack.destinations)
-        self._live.parts.guard.sweep({address for address, _, _ in in_use})
+        in_use: set[IPAddress] = set()
+        try:
+            in_use = {address for address, _, _ in await self._live.in_worker(conntrack.destinations)}
+        finally:  # leases end also where connections cannot be seen
+            self._live.parts.guard.sweep(in_use)
 
     async def _resolvers(self) -> None:
         """Follow resolv.conf; a change that could not be put into force is tried again at the next turn."""

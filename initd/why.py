@@ -8,7 +8,6 @@ from dataclasses import asdict
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
-from initd.core.membership import Membership
 from initd.core.suggest import propose, suggest
 from initd.explain import explain, parse_target
 from initd.loading import DEFAULTS
@@ -41,11 +40,10 @@ def rows_after(recorder: Recorder, number: int) -> dict[str, Any]:
     }
 
 
-def why(target: str, live: Live, recorder: Recorder, settings: Settings) -> dict[str, Any]:
+async def why(target: str, live: Live, recorder: Recorder, settings: Settings) -> dict[str, Any]:
     """`explain` and more; ConfigError for a target that cannot be read."""
     host, service, given = _read(target, recorder)
-    now = live.in_force
-    held = Membership([*now.ruleset.static, *now.ruleset.private, *live.parts.backend.learned()])
+    held, now = await live.held(), live.in_force
     shown = f"[{host}]" if ":" in host else host
     answer = explain(f"{shown}:{service.port}/{service.proto}", now.lookup, held)
     proposal = None if answer["allowed"] else asdict(propose(host, [service], now.lookup))

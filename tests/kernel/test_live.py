@@ -17,7 +17,8 @@ from initd import feeds
 from initd.core.ruleset import Endpoint
 from initd.dnsguard import DnsGuard
 from initd.enforce import Enforcer
-from initd.errors import EnforcementError
+from initd.errors import EnforcementError, KernelError
+from initd.kernel import conntrack
 from initd.kernel.base import Backend
 from initd.live import Live, Parts
 from initd.loading import Loaded
@@ -104,6 +105,30 @@ def test_a_reload_that_fails_leaves_the_old_rules_in_force(backend, wire):
     assert refused.refused_at_once
     assert listed.outcome == "open"
     assert right is True
+
+
+def test_a_reload_is_in_force_and_says_so_where_open_connections_cannot_be_seen(backend, wire, monkeypatch):
+    """As on a host that has not loaded nf_conntrack_netlink, which no container can."""
+
+    def unseen():
+        raise KernelError("conntrack: listing connections: EINVAL")
+
+    async def steps(bench: Bench):
+        with monkeypatch.context() as patch:
+            patch.setattr(conntrack, "flows", unseen)
+            done = await bench.live.reload(NEW, may_widen=True, within=1.0)
+        then = bench.live.unrevoked
+        refused, listed = tries([("tcp", LISTED4), ("tcp", "203.0.113.77")])
+        await bench.live.reload(OLD, may_widen=True, within=1.0)
+        return done, then, bench.live.unrevoked, refused, listed, bench.log
+
+    done, then, after, refused, listed, log = wire.do(on_bench, backend, steps)
+    assert done.removed == (f"{LISTED4}:443",)
+    assert "EINVAL" in then
+    assert after is None
+    assert refused.refused_at_once
+    assert listed.outcome == "open"
+    assert log.named("connections.left")
 
 
 def test_rules_that_could_not_be_written_are_written_by_the_next_look(backend, wire):
