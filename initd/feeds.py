@@ -30,6 +30,7 @@ class GithubFeed:
         self._path = settings.state_dir / FILE
         self._timeout = settings.resolve_timeout
         self._live = live
+        self._fresh = False
 
     def wanted(self) -> bool:
         """Whether the policy in force uses the feed."""
@@ -45,13 +46,13 @@ class GithubFeed:
             self._live.parts.log.warning("feed.unusable", feed="github", reason=error.message)
             saved = None
         if saved is None:
-            await self.fetch()
+            self._fresh = await self.fetch()
         else:
             await self._put(saved)
 
     async def keep(self) -> None:
         """Fetch once a day, sooner after a failure; never returns."""
-        pause = 1.0
+        pause, self._fresh = DAY if self._fresh else 1.0, False
         while True:
             await asyncio.sleep(pause)
             pause = (DAY if await self.fetch() else RETRY) if self.wanted() else RETRY
