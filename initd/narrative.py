@@ -101,6 +101,7 @@ def suggest(answer: dict[str, Any], *, color: bool) -> str:
     lines = []
     for one in answer["lines"]:
         comment = f"  # {one['count']}x, last {clock(one['last'])}, by {', '.join(one['by'])}"
+        comment += "; only looked up: the port is a guess" if one["guessed"] else ""
         first, *more = one["line"].splitlines()
         lines += [f"{first:<40}{comment}", *more]
     lines += [f"# {one['subject']}: {one['reason']} ({one['count']}x)" for one in answer["skipped"]]

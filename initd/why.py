@@ -66,7 +66,13 @@ def suggestions(live: Live, recorder: Recorder, settings: Settings) -> dict[str,
     made = [one for one in found if one.proposal.line]
     return {
         "lines": [
-            {"line": one.proposal.line, "count": one.count, "last": round(one.last, 3), "by": list(one.by)[:2]}
+            {
+                "line": one.proposal.line,
+                "guessed": one.proposal.guessed,
+                "count": one.count,
+                "last": round(one.last, 3),
+                "by": list(one.by)[:2],
+            }
             for one in made[:SUGGESTED]
         ],
         "lines_total": len(made),

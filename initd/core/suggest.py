@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import ip_address
 from typing import TYPE_CHECKING
 
@@ -35,10 +35,11 @@ _CARRIED = frozenset({"A", "AAAA"})
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """Either the `line` to add, or in `reason` why none is proposed."""
+    """Either the `line` to add, or in `reason` why none is proposed; `guessed` when nobody came so far as to a port."""
 
     line: str | None
     reason: str | None = None
+    guessed: bool = False
 
 
 @dataclass(slots=True)
@@ -125,5 +126,8 @@ def _proposal(subject: str, rows: list[Row], lookup: Lookup) -> Proposal:
             return Proposal(None, f"only {kinds} records were asked for, which the guard carries for nobody")
         if all(one.allowed for one in asked):
             return Proposal(None, "looked up, but never connected to")
-        services = {HTTPS}  # a question has no port; the most likely one alone is the narrowest guess
+        if lookup.decide(subject).verdict is Verdict.LISTED:
+            return Proposal(None, "it is listed by now")
+        # A question has no port; the most likely one alone is the narrowest guess.
+        return replace(propose(subject, {HTTPS}, lookup), guessed=True)
     return propose(subject, services, lookup)

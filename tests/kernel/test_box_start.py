@@ -260,6 +260,10 @@ def without_user(box: Box) -> None:
     path.write_text("".join(line for line in path.read_text().splitlines(True) if not line.startswith("_initd:")))
 
 
+def unwritable_resolv_conf(box: Box) -> None:
+    (box.directory / "etc" / "resolv.conf").chmod(0o444)  # the box's root has no DAC_OVERRIDE
+
+
 BAD = "github.com\n*\n*.com\nhttps://example.com/x\nsite.example:99999\n0.0.0.0/0\n!@github\n"
 NO_ADMIN = [name for name in DEFAULT_CAPABILITIES if name != "NET_ADMIN"]
 
@@ -274,7 +278,7 @@ REFUSALS: dict[str, tuple[dict, Callable[[Box], None] | None]] = {
     "unknown-key": ({"settings": 'verfy = "off"\ncolour = "blue"\n'}, None),
     "bad-toml": ({"settings": "verify = strict\n"}, None),
     "unknown-variable": ({"env": {"INITD_VERFIY": "off", "INITD_BACKEND": "pf"}}, None),
-    "required": ({"env": {"INITD_BACKEND": "nftables", "INITD_REQUIRE": "dns,nfqueue"}}, None),
+    "required": ({"env": {"INITD_REQUIRE": "ipv4,dns"}}, unwritable_resolv_conf),
     "no-net-admin": ({"capabilities": NO_ADMIN}, None),
     "no-capabilities": ({"capabilities": []}, None),
     "no-user": ({}, without_user),

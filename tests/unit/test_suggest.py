@@ -90,6 +90,15 @@ def test_what_a_subject_needs(events, line):
     assert (one.proposal.line, one.count, list(one.by)) == (line, len(events), ["claude"])
 
 
+def test_a_port_that_nobody_came_to_is_a_guess():
+    (one,) = suggest(rows(name("a.example")), LOOKUP)
+    assert one.proposal.guessed
+    (one,) = suggest(rows(name("a.example"), connection("a.example", 443)), LOOKUP)
+    assert not one.proposal.guessed
+    (one,) = suggest(rows(name("a.example")), parse("a.example:22\n").lookup())
+    assert (one.proposal.line, one.proposal.reason) == (None, "it is listed by now")
+
+
 def test_most_frequent_first():
     ring = rows(name("b.example"), name("a.example"), name("a.example"))
     assert [one.subject for one in suggest(ring, LOOKUP)] == ["a.example", "b.example"]
