@@ -74,7 +74,7 @@ class Server:
         self.failures += 1
         self.timeouts += 1
         if self.failures >= AILING_AFTER:
-            self.ailing_until = now + min(2.0 ** (self.failures - AILING_AFTER), AILING_MOST)
+            self.ailing_until = now + min(2.0 ** min(self.failures - AILING_AFTER, 10), AILING_MOST)
 
     def stats(self, now: float) -> ServerStats:
         """As figures."""

@@ -381,6 +381,19 @@ class TestUpstream:
             assert got.seconds < 0.3
 
     @scenario
+    async def test_a_server_that_has_failed_for_long_is_asked_again_when_it_is_back(self):
+        async with guarded(answer_within=0.4) as lab:
+            lab.upstream.handler = lambda *_: []
+            for number in range(10):
+                names = [f"{number}-{one}.wild.example" for one in range(120)]
+                got = await asyncio.gather(*(lab.ask(name) for name in names))
+                assert {one.rcode for one in got} == {"SERVFAIL"}
+            assert lab.guard.stats().upstreams[0].timeouts > 1200
+            lab.upstream.handler = None
+            assert (await lab.ask("four.example")).addresses == ["203.0.113.4"]
+            assert lab.guard.stats().pending == 0
+
+    @scenario
     async def test_a_silent_server_costs_one_share_and_is_then_asked_last(self):
         async with guarded(upstreams=2) as lab:
             lab.upstream.handler = lambda *_: []
