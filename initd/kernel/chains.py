@@ -216,7 +216,7 @@ def _going_on(version: int) -> Iterator[Rule]:
 def _loopback(version: int) -> Rule:
     """What is for ourselves.
 
-    Whoever names lo as the way out (IP_PKTINFO, SO_BINDTODEVICE) gets there with any IPv4 address, which the kernel then
+    Whoever names lo as the way out (IP_PKTINFO, SO_BINDTODEVICE) gets there with any IPv4 address, which the kernel
     takes for a neighbour's (ip_route_output_key_hash_rcu()). It leads nowhere, but would begin a flow that the outside
     can answer. IPv6 has no route there; its `addrtype` knows other types.
     """
@@ -227,8 +227,8 @@ def _loopback(version: int) -> Rule:
 def _no_riding(version: int) -> Rule:
     """UDP to port 53 is judged packet by packet, as is the first packet of a connection (`_going_on`).
 
-    Connection tracking knows a flow by its addresses and ports alone, also after its end: for 30 s after the last packet
-    of UDP, and for 10 s or more after a reset. Whoever takes the source port of a question that the warden, or Docker's
+    Connection tracking knows a flow by its addresses and ports alone, also after its end: for 30 s after UDP's last
+    packet, and for 10 s or more after a reset. Whoever takes the source port of a question that the warden, or Docker's
     resolver, has just asked would count as established.
     """
     listed = tuple(_in_set(version, kind, negated=True) for kind in ("private", "learned", "static"))

@@ -45,13 +45,13 @@ _GOING_ON = (
     "ct state established udp dport != 53 accept",
     "ct state established meta l4proto { 1, 58 } accept",
 )
-"""A connection's first packet, and UDP to port 53, is judged each time. Connection tracking knows a flow by its addresses
-and ports alone, also after its end: for 30 s after the last packet of UDP, and for 10 s or more after a reset. Whoever
-takes the source port of a question that the warden, or Docker's resolver, has just asked would count as established."""
+"""A connection's first packet, and UDP to port 53, is judged each time. Connection tracking knows a flow by addresses
+and ports alone, also after its end: for 30 s after UDP's last packet, and for 10 s or more after a reset. Whoever takes
+the source port of a question that the warden, or Docker's resolver, has just asked would count as established."""
 _LOOPBACK = 'oifname "lo" fib daddr type != unicast accept'
-"""Whoever names lo as the way out (IP_PKTINFO, SO_BINDTODEVICE) gets there with any address, which the kernel then takes
-for a neighbour's (ip_route_output_key_hash_rcu()). It leads nowhere, but would begin a flow that the outside can answer.
-"""
+"""Whoever names lo as the way out (IP_PKTINFO, SO_BINDTODEVICE) gets there with any IPv4 address, which the kernel
+takes for a neighbour's (ip_route_output_key_hash_rcu()). It leads nowhere, but would begin a flow that the outside can
+answer."""
 _RESET = "ct state related tcp flags rst accept"
 """The reset with which INPUT refuses: nf_send_reset() ties it to the connection that never came to be (nf_ct_attach).
 Nothing else of TCP is related where no conntrack helper is assigned, and that takes NET_ADMIN."""

@@ -11,8 +11,9 @@ import pytest
 
 from tests.support import holding, product
 from tests.support.attempts import attempt, attempt_all, client
-from tests.support.box import RUN, Box
+from tests.support.box import RUN, WARDEN_UID, Box
 from tests.support.lab import Lab
+from tests.support.remote import RESOLVER4
 from tests.support.zone import Entry
 
 if TYPE_CHECKING:
@@ -166,6 +167,23 @@ def test_what_is_removed_ends_and_is_named(scene: tuple[Lab, Box]) -> None:
     assert "192.0.2.9:22/tcp" in text
     tried = attempt_all(box, [("tcp", host, 22) for host in ("203.0.113.20", "2001:db8:2::20", "192.0.2.9")])
     assert {one.error for one in tried} == {"ECONNREFUSED"}
+
+
+def test_a_resolver_that_is_no_longer_listed_is_closed_to_sessions_as_well(scene: tuple[Lab, Box]) -> None:
+    """The warden asks there itself, and such a question goes on."""
+    _, box = scene
+    reload(box, f"{holding.POLICY}{RESOLVER4}:53\n")
+    holds = "import socket, sys; s = socket.create_connection((sys.argv[1], 53)); print('open', flush=True); s.recv(1)"
+    session, warden = (box.popen(python(holds, RESOLVER4), user=user) for user in ("session", (WARDEN_UID, WARDEN_UID)))
+    for one in (session, warden):
+        assert one.stdout is not None
+        assert one.stdout.readline() == b"open\n"
+    report = reload(box, holding.POLICY)
+    assert report["closed"] == [f"{RESOLVER4}:53/tcp"]
+    assert b"ConnectionAbortedError" in session.communicate(timeout=5)[1]
+    assert warden.poll() is None, "negative control"
+    warden.terminate()
+    warden.communicate()
 
 
 def test_an_exception_closes_what_it_excepts(scene: tuple[Lab, Box]) -> None:

@@ -12,8 +12,16 @@ import pytest
 
 from initd.core.ruleset import Endpoint, Ruleset
 from tests.kernel.test_contract import (
-    LISTED4, LISTED6, SPECIAL, UNLISTED, UPSTREAM4, apart, armed, tries, wire_far,
-)  # fmt: skip
+    LISTED4,
+    LISTED6,
+    SPECIAL,
+    UNLISTED,
+    UPSTREAM4,
+    apart,
+    armed,
+    tries,
+    wire_far,
+)
 from tests.kernel.wire import BOX4, BOX6, SESSION, WARDEN, as_user, attempt, run
 
 pytestmark = pytest.mark.kernel

@@ -284,7 +284,10 @@ def _read_all(descriptor: int, seconds: float) -> bytes:
 
 
 class _FarSide:
-    """Echo on `PORTS`, TCP and UDP, and note what arrives. A TCP peer that says "hold" gets a byte each 20 ms, "reset" that."""
+    """Echo on `PORTS`, TCP and UDP, and note what arrives.
+
+    A TCP peer that says "hold" gets a byte each 20 ms, one that says "reset" gets that.
+    """
 
     def __init__(self, commands: socket.socket) -> None:
         self.commands = commands
