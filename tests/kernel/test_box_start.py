@@ -307,6 +307,7 @@ REFUSALS: dict[str, tuple[dict, Callable[[Box], None] | None]] = {
     "no-capabilities": ({"capabilities": []}, None),
     "no-user": ({}, without_user),
     "no-resolver": ({"resolv_conf": "# nothing\n"}, None),
+    "warden-group": ({"env": {"CLAUDE_GID": "990"}}, None),
     "root-session": ({"env": {"CLAUDE_UID": "0"}}, None),
     "warden-session": ({"env": {"CLAUDE_UID": "990"}}, None),
 }
