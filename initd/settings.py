@@ -22,7 +22,10 @@ FILE_LIMIT = 64 * 1024
 CAPABILITIES = ("conntrack", "dns", "ipv4", "ipv6", "nflog", "nfqueue", "owner", "reject", "sets", "source", "timeouts")
 """What `require` may name: what a backend's probe finds (`initd.kernel.base.Probe`); `dns` is a guarded resolv.conf."""
 
-PROTOCOL = frozenset({"INITD_ENDED", "INITD_FDS", "INITD_GENERATION", "INITD_PARENT_FD", "INITD_KEEPER_FD"})
+READ_FROM = "INITD_SETTINGS_FROM"
+"""The file that the settings were, or would have been, read from: the warden says so when a session can write it."""
+
+PROTOCOL = frozenset({"INITD_ENDED", "INITD_FDS", "INITD_GENERATION", "INITD_PARENT_FD", "INITD_KEEPER_FD", READ_FROM})
 """What our own processes tell each other (docs/architecture.md); not settings."""
 
 MAX_ID = 2**32 - 2

@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+import initd
 from tests.support import holding, product
 from tests.support.attempts import attempt, attempt_all, client
 from tests.support.box import RUN, WARDEN_UID, Box
@@ -273,6 +275,18 @@ def test_a_session_that_may_write_the_policy_may_only_narrow_it(lab: Lab) -> Non
     assert box.fwctl("reload", user="session").returncode in {77, 78}
     assert reload(box, "site.example\nother.example\n")["added_total"] == 1, "root may"
     assert attempt(box, ("tcp", "other.example", 443)).error is None
+
+
+def test_settings_that_a_session_may_write_are_told(lab: Lab) -> None:
+    """They are believed at the next start: the mode, and where the policy is."""
+    nothing = str(Path(initd.__file__).with_name("py.typed"))
+    for writable in (False, True):
+        box = lab.box(policy_writable=writable, env={"INITD_POLICY": nothing})
+        box.start()
+        told = [text for text in box.status()["warnings"] if "session can change" in text]
+        assert len(told) == writable, "negative control: nothing is told of what it cannot write"
+        assert all("its own settings: /workspace/.aidevcontainer is writable for UID 501" in text for text in told)
+        box.stop()
 
 
 def test_a_session_cannot_hide_that_it_may_write_the_policy(lab: Lab) -> None:
