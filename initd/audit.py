@@ -67,7 +67,7 @@ def note(path: Path, audit: Audit | None) -> None:
 
 
 def _read(path: Path, now: float) -> Audit | None:
-    """The note, if it is ours and audit mode is not over; None otherwise."""
+    """The note, if it is ours; one that is over tells of connections that are to be closed. None otherwise."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         with os.fdopen(descriptor, "rb") as file:
@@ -81,4 +81,4 @@ def _read(path: Path, now: float) -> Audit | None:
         until = float(data["until"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return Audit(until) if now < until <= now + LONGEST else None
+    return Audit(until) if until <= now + LONGEST else None

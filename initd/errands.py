@@ -149,6 +149,8 @@ def _answer(number: object, code: int, result: dict[str, Any]) -> dict[str, Any]
 
 
 def _become_probe(stdin: int, stdout: int, settings: Settings) -> None:
+    """With nothing of ours but the pipe: until Python runs, sessions may take its descriptors (pidfd_getfd(2))."""
+    log = 2
     try:
         os.setsid()
         os.dup2(stdin, 0)
@@ -159,7 +161,9 @@ def _become_probe(stdin: int, stdout: int, settings: Settings) -> None:
         reap.restore_signals(set())
         drop.raise_oom_score()
         drop.become_session(settings.claude_uid, settings.claude_gid)
+        log = os.dup(2)  # not inherited
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         os.execve(sys.executable, [sys.executable, "-I", "-m", "initd", "probe"], environ)  # noqa: S606
     except BaseException as error:  # noqa: BLE001  # a forked child must never return into its parent's code
-        os.write(2, f"initd keeper: probe: {error}\n".encode())
+        os.write(log, f"initd keeper: probe: {error}\n".encode())
         os._exit(EX_SOFTWARE)

@@ -23,6 +23,7 @@ from initd.core.ruleset import Element, Ruleset, Surroundings, compile_ruleset
 from initd.core.special import special_of
 from initd.errors import EnforcementError, InitdError, PrivilegeError
 from initd.kernel import conntrack
+from initd.kernel.sockdiag import Sockets
 from initd.network import neighbourhood
 from initd.published import publish, text
 from initd.published import replace as replace_file
@@ -336,6 +337,12 @@ class Live:
     def _held(self, ruleset: Ruleset) -> Membership:
         return Membership([*ruleset.static, *ruleset.private, *self.parts.backend.learned()])
 
+    async def close_strangers(self) -> None:
+        """Close what was opened here before the box and is not allowed now: a namespace may outlive a box."""
+        async with self._changing:
+            if closed := await self._revoke(self.in_force.ruleset, {}, strays=False):
+                self.parts.log.info("connections.closed", closed=len(closed))
+
     def _cut(self, ruleset: Ruleset, names: Mapping[IPAddress, str]) -> tuple[str, ...]:
         """Close every connection to the outside that `ruleset` and the learned set no longer allow; tell the open ones.
 
@@ -345,14 +352,23 @@ class Live:
         upstream = {(endpoint.address, endpoint.port) for endpoint in ruleset.upstreams}
         own = neighbourhood().addresses
 
+        def asking(flow: conntrack.Flow) -> bool:
+            """A question of the warden's or of the engine's resolver. Of UDP the rules judge each packet."""
+            if (flow.destination, flow.dport) not in upstream and not (ruleset.engine_dns and flow.dport == DNS):
+                return False
+            if flow.proto == "udp":
+                return True
+            held = sockets.owner(flow.proto, (flow.source, flow.sport), (flow.destination, flow.dport))
+            return held is not None and held.uid in {0, ruleset.warden_uid}
+
         def revoked(flow: conntrack.Flow) -> bool:
             if ruleset.audit is not None and flow.dport != DNS and special_of(flow.destination) is None:
                 return False
             inward = flow.destination.is_loopback or flow.destination in own
-            asking = (flow.destination, flow.dport) in upstream or (ruleset.engine_dns and flow.dport == DNS)
-            return not inward and not asking and not allowed.holds(flow.destination, flow.proto, flow.dport)
+            return not inward and not asking(flow) and not allowed.holds(flow.destination, flow.proto, flow.dport)
 
-        done = conntrack.cut_where(revoked)
+        with Sockets() as sockets:
+            done = conntrack.cut_where(revoked)
         if done.flows and not done.destroys:
             self.parts.log.warning("sockets.left", reason="the kernel cannot close sockets (CONFIG_INET_DIAG_DESTROY)")
         return tuple(sorted(_shown(flow, names.get(flow.destination)) for flow in done.flows if flow.live))
@@ -360,7 +376,7 @@ class Live:
 
 def _shown(flow: conntrack.Flow, name: str | None) -> str:
     host = f"[{flow.destination}]" if flow.destination.version == 6 else str(flow.destination)
-    where = f"{host}:{flow.dport}/{flow.proto}"
+    where = f"{host}:{flow.dport}/{flow.proto}" if flow.proto in {"tcp", "udp"} else f"{host}, protocol {flow.proto}"
     return f"{name} ({where})" if name else where
 
 

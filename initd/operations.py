@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from initd import __version__, audit, verify, why
@@ -15,6 +17,7 @@ from initd.health import examine
 from initd.live import literal_names
 from initd.loading import load_policy, writable_by
 from initd.report import size_of
+from initd.settings import READ_FROM
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable
@@ -39,6 +42,7 @@ class Operations:
 
     def __init__(self, settings: Settings, live: Live, keeping: Keeping, recorder: Recorder) -> None:
         self._settings = settings
+        self._settings_file = Path(read) if (read := os.environ.get(READ_FROM)) else None
         self._live = live
         self._keeping = keeping
         self.recorder = recorder
@@ -66,8 +70,11 @@ class Operations:
 
     def warnings(self) -> list[str]:
         """What the operator should know, in words."""
-        how = self._writable()
-        found = [f"a session can change its own policy: {how}; mount it read-only"] if how else []
+        found = [
+            f"a session can change its own {what}: {how}; mount it read-only"
+            for what, path in (("policy", self._settings.policy), ("settings", self._settings_file))
+            if path and (how := self._writable(path))
+        ]
         if self._live.auditing:
             found.insert(0, "AUDIT MODE: nothing is enforced, what is not listed is let through and recorded")
         if reason := self._live.unwritten:
@@ -78,8 +85,8 @@ class Operations:
             found.append("refused connections are counted but not explained: the kernel has no NFLOG for us")
         return found + self._keeping.warnings(time.monotonic())
 
-    def _writable(self) -> str | None:
-        return writable_by(self._settings.policy, self._settings.claude_uid, self._settings.claude_gid)
+    def _writable(self, path: Path) -> str | None:
+        return writable_by(path, self._settings.claude_uid, self._settings.claude_gid)
 
     async def _status(self, _request: Request, _peer: Peer) -> dict[str, Any]:
         return await self.figures()
@@ -126,7 +133,8 @@ class Operations:
 
     async def _reload(self, _request: Request, peer: Peer) -> dict[str, Any]:
         async with self._reading:  # one at a time, and not on the loop: a session may have written what takes seconds
-            may_widen = peer.uid == 0 or self._writable() is None  # before the file is read: see `writable_by`
+            # Before the file is read: see `writable_by`.
+            may_widen = peer.uid == 0 or self._writable(self._settings.policy) is None
             loaded = await asyncio.to_thread(load_policy, self._settings)
         done = await self._live.reload(loaded, may_widen=may_widen, within=RESOLVE_SECONDS)
         lists = {key: getattr(done, key) for key in ("added", "removed", "closed")}

@@ -28,7 +28,9 @@ def run(out: int) -> NoReturn:
     """Prepare, answer on `out`, exit; never returns into the caller's code."""
     code = 0
     try:
-        os.write(out, json.dumps(prepare(configuration.load(os.environ))).encode())
+        facts = prepare(configuration.load(os.environ))
+        facts["environ"][configuration.READ_FROM] = str(configuration.settings_file(os.environ) or "")
+        os.write(out, json.dumps(facts).encode())
     except InitdError as error:
         error.tell()
         code = error.code

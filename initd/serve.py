@@ -78,6 +78,7 @@ async def _serve(settings: Settings, handover: Handover, *, backend: Backend, pr
         names = live.resolve(literal_names(loaded.policy), within=settings.resolve_timeout)
         resolution, _ = await asyncio.gather(names, feed.start())
         _fall_back(saved, resolution.unanswered, guard, log=log)
+        await live.close_strangers()
         await _verify(settings, operations, log=log)
     for warning in operations.warnings():
         log.warning("box.warning", text=warning)

@@ -22,8 +22,11 @@ FILE_LIMIT = 64 * 1024
 CAPABILITIES = ("conntrack", "dns", "ipv4", "ipv6", "nflog", "nfqueue", "owner", "reject", "sets", "source", "timeouts")
 """What `require` may name: what a backend's probe finds (`initd.kernel.base.Probe`); `dns` is a guarded resolv.conf."""
 
+READ_FROM = "INITD_SETTINGS_FROM"
+"""The file that the settings were, or would have been, read from: the warden says so when a session can write it."""
+
 PROTOCOL = frozenset(
-    {"INITD_ENDED", "INITD_FDS", "INITD_GENERATION", "INITD_INIT", "INITD_PARENT_FD", "INITD_KEEPER_FD"}
+    {"INITD_ENDED", "INITD_FDS", "INITD_GENERATION", "INITD_INIT", "INITD_PARENT_FD", "INITD_KEEPER_FD", READ_FROM}
 )
 """What our own processes tell each other (docs/architecture.md); not settings."""
 
@@ -255,17 +258,21 @@ def _document(path: Path) -> dict[str, Any]:
 
 
 def _settle_identity(values: dict[str, Any], places: Mapping[str, str], problems: _Problems) -> None:
-    """`auto` becomes the workspace's owner, and the session's user must not be the warden's."""
+    """`auto` becomes the workspace's owner, and neither the session's user nor its group may be the warden's."""
     if values.get("claude_uid") == "auto" and "claude_gid" not in places:
         values["claude_gid"] = "auto"
     for name, attribute in (("claude_uid", "st_uid"), ("claude_gid", "st_gid")):
         if values.get(name) == "auto" and "workspace" in values:
             where = places.get(name, places.get("claude_uid", ""))
             values[name] = _owner(values["workspace"], attribute, where, problems)
-    uid, user = values.get("claude_uid"), values.get("warden_user")
-    if isinstance(uid, int) and isinstance(user, str) and uid == _uid_of(user):
+    user = values.get("warden_user")
+    warden = _account_of(user) if isinstance(user, str) else (None, None)
+    if values.get("claude_uid") == warden[0] is not None:
         where = places.get("claude_uid", "CLAUDE_UID")
-        problems.add(where, f"{uid} is the warden's own user ({user})", "sessions need another one")
+        problems.add(where, f"{warden[0]} is the warden's own user ({user})", "sessions need another one")
+    if values.get("claude_gid") == warden[1] is not None:  # it may write in the run directory
+        where = places.get("claude_gid", places.get("claude_uid", "CLAUDE_GID"))
+        problems.add(where, f"{warden[1]} is the group of the warden's user ({user})", "sessions need another one")
 
 
 def _owner(workspace: Path, attribute: str, where: str, problems: _Problems) -> int:
@@ -280,16 +287,15 @@ def _owner(workspace: Path, attribute: str, where: str, problems: _Problems) -> 
     return owner
 
 
-def _uid_of(user: str) -> int | None:
-    """The number of a user, or None when there is no such user (who starts the warden will say so)."""
-    if user.isdecimal():
-        return int(user)
-    import pwd  # noqa: PLC0415 - not needed for a number
+def _account_of(user: str) -> tuple[int, int] | tuple[None, None]:
+    """UID and GID of a user, as `initd.prepare` has them; None without one (who starts the warden will say so)."""
+    import pwd  # noqa: PLC0415 - whoever was handed settings down has no need for it
 
     try:
-        return pwd.getpwnam(user).pw_uid
+        entry = pwd.getpwuid(int(user)) if user.isdecimal() else pwd.getpwnam(user)
     except KeyError:
-        return None
+        return (int(user), int(user)) if user.isdecimal() else (None, None)
+    return entry.pw_uid, entry.pw_gid
 
 
 def _closest(word: str, words: Iterable[str]) -> str | None:

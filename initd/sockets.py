@@ -99,11 +99,16 @@ def _control(path: str) -> socket.socket:
 
 
 def publish(run_dir: str, name: str, text: str) -> None:
-    """Write `name` in `run_dir` so that a reader sees it whole or not at all."""
+    """Write `name` in `run_dir` so that a reader sees it whole or not at all.
+
+    The warden may write there, too: no file is opened that is there already, or a link in its place would be followed.
+    """
     path = os.path.join(run_dir, name)
     try:
         with drop.as_owner(run_dir):
-            with open(f"{path}.new", "w", encoding="utf-8") as file:
+            if os.path.lexists(f"{path}.new"):
+                os.unlink(f"{path}.new")
+            with open(f"{path}.new", "x", encoding="utf-8") as file:
                 file.write(text)
             os.replace(f"{path}.new", path)
     except OSError as error:

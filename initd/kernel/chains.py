@@ -82,7 +82,7 @@ def lockdown(version: int, warden_uid: int) -> Chains:
     if version == 4:
         engine = [_owned(warden_uid, destination=ENGINE_DNS), *_reject(4, destination=ENGINE_DNS)]
     return {
-        HOOKS["OUTPUT"]: (*discovery, *_OURS, *engine, Rule("ACCEPT", outside="lo"), *_reject(version)),
+        HOOKS["OUTPUT"]: (*discovery, *_OURS, *engine, _loopback(version), *_reject(version)),
         HOOKS["INPUT"]: (Rule("ACCEPT", inside="lo"), *discovery, *_reject(version)),
         HOOKS["FORWARD"]: _reject(version),
     }
@@ -98,10 +98,9 @@ def chains(version: int, ruleset: Ruleset) -> Chains:
         *_warden(version, ruleset),
         *(_owned(0, proto=proto, port=53) for proto in ("udp", "tcp") if ruleset.engine_dns),
         *(_reject(4, destination=ENGINE_DNS) if version == 4 else ()),
-        Rule("ACCEPT", outside="lo"),
+        _loopback(version),
         _no_riding(version),
-        *_tracked(version),
-        _RESET,
+        *_going_on(version),
         Rule("ACCEPT", matches=(_in_set(version, "private"),)),
         *(_log("initd-special", matches=special) if ruleset.log else ()),
         *_reject(version, matches=special),
@@ -143,8 +142,10 @@ def _log(prefix: str, *, proto: str | None = None, matches: tuple[tuple[str, Opt
     return (Rule("NFLOG", where, proto=proto, matches=(*matches, limit)),)
 
 
+_ANSWER = ("tcp", (("tcp-flags", ("ACK", "ACK")),))
+_RESET = ("tcp", (("tcp-flags", ("RST", "RST")),))
 FOREIGN = Rule("DROP", matches=(("addrtype", (("src-type", ("!", "LOCAL")),)),))
-_OURS = (Rule("ACCEPT", outside="lo", proto="tcp", matches=(("tcp", (("tcp-flags", ("RST", "RST")),)),)), FOREIGN)
+_OURS = (Rule("ACCEPT", outside="lo", proto="tcp", matches=(_RESET,)), FOREIGN)
 """A source that is not ours, which IPv6 lets everybody have (IPV6_FREEBIND; ipv6_can_nonlocal_bind()).
 
 Sent to ourselves it would have connection tracking know a flow from there, and what we answer would be established.
@@ -158,13 +159,6 @@ _STAND_IN = Rule("DROP", source=ENGINE_DNS, matches=(("conntrack", (("ctdir", ("
 Whoever sent from 127.0.0.11:53 to ports that the warden will ask from would have connection tracking take its questions
 for answers to that: they would not be rewritten to the engine's port, and reach him.
 """
-
-_RESET = Rule(
-    "ACCEPT",
-    proto="tcp",
-    matches=(("tcp", (("tcp-flags", ("RST", "RST")),)), ("conntrack", (("ctstate", ("RELATED",)),))),
-)
-"""The reset with which INPUT refuses, which nf_send_reset() ties to the refused connection (nf_ct_attach)."""
 
 
 def _discovery(version: int) -> tuple[Rule, ...]:
@@ -204,11 +198,36 @@ def _tracked(version: int) -> tuple[Rule, Rule]:
     )
 
 
-def _no_riding(version: int) -> Rule:
-    """UDP to port 53 is judged packet by packet.
+def _going_on(version: int) -> Iterator[Rule]:
+    """What belongs to a flow that was let through; a SYN begins one.
 
-    Connection tracking knows a UDP flow by its addresses and ports alone, for 30 s after its last packet: whoever takes
-    the source port of a question that the warden, or Docker's resolver, has just asked would count as established.
+    The reset with which INPUT refuses is related: nf_send_reset() ties it to the refused connection (nf_ct_attach).
+    """
+    icmp = "icmp" if version == 4 else "ipv6-icmp"
+    established, tied = (("conntrack", (("ctstate", (state,)),)) for state in ("ESTABLISHED", "RELATED,ESTABLISHED"))
+    yield Rule("ACCEPT", proto="tcp", matches=(_ANSWER, established))
+    yield Rule("ACCEPT", proto="tcp", matches=(_RESET, tied))
+    yield Rule("ACCEPT", proto="udp", matches=(established,))
+    yield Rule("ACCEPT", proto=icmp, matches=(tied,))
+
+
+def _loopback(version: int) -> Rule:
+    """What is for ourselves.
+
+    Whoever names lo as the way out (IP_PKTINFO, SO_BINDTODEVICE) gets there with any IPv4 address, which the kernel
+    takes for a neighbour's (ip_route_output_key_hash_rcu()). It leads nowhere, but would begin a flow that the outside
+    can answer. IPv6 has no route there; its `addrtype` knows other types.
+    """
+    ours = (("addrtype", (("dst-type", ("!", "UNICAST")),)),)
+    return Rule("ACCEPT", outside="lo", matches=ours if version == 4 else ())
+
+
+def _no_riding(version: int) -> Rule:
+    """UDP to port 53 is judged packet by packet, as is the first packet of a connection (`_going_on`).
+
+    Connection tracking knows a flow by its addresses and ports alone, also after its end: for 30 s after UDP's last
+    packet, and for 10 s or more after a reset. Whoever takes the source port of a question that the warden, or Docker's
+    resolver, has just asked would count as established.
     """
     listed = tuple(_in_set(version, kind, negated=True) for kind in ("private", "learned", "static"))
     prohibited = "icmp-admin-prohibited" if version == 4 else "icmp6-adm-prohibited"

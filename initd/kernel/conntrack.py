@@ -36,7 +36,10 @@ _NO_COOKIE = 0xFFFFFFFF
 
 @dataclass(frozen=True, slots=True)
 class Flow:
-    """One tracked TCP or UDP flow as its first packet went. `live`: both sides have spoken and none has closed."""
+    """One tracked flow as its first packet went. `live`: both sides have spoken and none has closed.
+
+    `proto` is tcp, udp or another protocol's number; what has no ports has 0.
+    """
 
     proto: str
     source: IPAddress
@@ -57,10 +60,10 @@ class Cut:
 
 
 def flows() -> list[Flow]:
-    """Every tracked TCP and UDP flow of this namespace, both families. Raises KernelError."""
+    """Every tracked flow of this namespace, both families. Raises KernelError."""
     with Netlink(NETFILTER) as link:
         try:
-            return [flow for payload in link.dump(_GET, b"\0\0\0\0") if (flow := _flow(payload)) is not None]
+            return [_flow(payload) for payload in link.dump(_GET, b"\0\0\0\0")]
         except NetlinkRefusal as refusal:
             raise _trouble(refusal, "listing connections") from refusal
 
@@ -124,7 +127,7 @@ def _untrack(tracker: Netlink, flow: Flow) -> bool:
     return True
 
 
-def _flow(payload: bytes) -> Flow | None:
+def _flow(payload: bytes) -> Flow:
     tuple_at = (0, 0)
     status, state, key = 0, -1, b""
     for kind, start, end in attributes(payload, 4):
@@ -138,9 +141,7 @@ def _flow(payload: bytes) -> Flow | None:
         elif kind == _PROTOINFO:
             state = _tcp_state(payload, start, end)
     proto, numbers, addresses = _tuple(payload, *tuple_at)
-    name = _PROTO.get(proto)
-    if name is None:
-        return None
+    name = _PROTO.get(proto) or str(proto)
     live = state in _OPEN_STATES if name == "tcp" else bool(status & _SEEN_REPLY)
     return Flow(name, addresses[0], numbers[0], addresses[1], numbers[1], live, key)
 

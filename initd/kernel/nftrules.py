@@ -39,10 +39,19 @@ _STAND_IN = f'ip saddr {ENGINE_DNS} ct direction original counter name "dns" dro
 warden will ask from would have connection tracking take its questions for answers to that: they would not be rewritten
 to the engine's port, and reach him."""
 _ESTABLISHED = ("ct state established accept", "ct state related meta l4proto { 1, 58 } accept")
-_NO_RIDING = ("ct state established udp dport != 53 accept", "ct state established meta l4proto != 17 accept")
-"""UDP to port 53 is judged packet by packet. Connection tracking knows a UDP flow by its addresses and ports alone, for
-30 s after its last packet: whoever takes the source port of a question that the warden, or Docker's resolver, has just
-asked would count as established."""
+_GOING_ON = (
+    "ct state established tcp flags ack accept",
+    "ct state established tcp flags rst accept",
+    "ct state established udp dport != 53 accept",
+    "ct state established meta l4proto { 1, 58 } accept",
+)
+"""A connection's first packet, and UDP to port 53, is judged each time. Connection tracking knows a flow by addresses
+and ports alone, also after its end: for 30 s after UDP's last packet, and for 10 s or more after a reset. Whoever takes
+the source port of a question that the warden, or Docker's resolver, has just asked would count as established."""
+_LOOPBACK = 'oifname "lo" fib daddr type != unicast accept'
+"""Whoever names lo as the way out (IP_PKTINFO, SO_BINDTODEVICE) gets there with any IPv4 address, which the kernel
+takes for a neighbour's (ip_route_output_key_hash_rcu()). It leads nowhere, but would begin a flow that the outside can
+answer."""
 _RESET = "ct state related tcp flags rst accept"
 """The reset with which INPUT refuses: nf_send_reset() ties it to the connection that never came to be (nf_ct_attach).
 Nothing else of TCP is related where no conntrack helper is assigned, and that takes NET_ADMIN."""
@@ -124,8 +133,8 @@ def _output(ruleset: Ruleset) -> Iterator[str]:
     if ruleset.engine_dns:
         yield "meta skuid 0 meta l4proto { 6, 17 } th dport 53 accept"
     yield f'ip daddr {ENGINE_DNS} counter name "dns" goto refuse'
-    yield 'oifname "lo" accept'
-    yield from _NO_RIDING
+    yield _LOOPBACK
+    yield from _GOING_ON
     yield _ESTABLISHED[1]
     yield _RESET
     yield from _listed("private")
@@ -185,7 +194,7 @@ def locked(warden_uid: int) -> Rules:
             *_OURS,
             f"meta skuid {warden_uid} ip daddr {ENGINE_DNS} accept",
             f'ip daddr {ENGINE_DNS} counter name "dns" goto refuse',
-            'oifname "lo" accept',
+            _LOOPBACK,
             'counter name "unlisted" goto refuse',
         ),
         "input": ('iifname "lo" accept', _NEIGHBOUR, 'counter name "input" goto refuse'),

@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import json
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
+import initd
 from tests.support import holding, product
 from tests.support.attempts import attempt, attempt_all, client
-from tests.support.box import RUN, Box
+from tests.support.box import RUN, WARDEN_UID, Box
 from tests.support.lab import Lab
+from tests.support.remote import RESOLVER4
 from tests.support.zone import Entry
 
 if TYPE_CHECKING:
@@ -168,6 +171,23 @@ def test_what_is_removed_ends_and_is_named(scene: tuple[Lab, Box]) -> None:
     assert {one.error for one in tried} == {"ECONNREFUSED"}
 
 
+def test_a_resolver_that_is_no_longer_listed_is_closed_to_sessions_as_well(scene: tuple[Lab, Box]) -> None:
+    """The warden asks there itself, and such a question goes on."""
+    _, box = scene
+    reload(box, f"{holding.POLICY}{RESOLVER4}:53\n")
+    holds = "import socket, sys; s = socket.create_connection((sys.argv[1], 53)); print('open', flush=True); s.recv(1)"
+    session, warden = (box.popen(python(holds, RESOLVER4), user=user) for user in ("session", (WARDEN_UID, WARDEN_UID)))
+    for one in (session, warden):
+        assert one.stdout is not None
+        assert one.stdout.readline() == b"open\n"
+    report = reload(box, holding.POLICY)
+    assert report["closed"] == [f"{RESOLVER4}:53/tcp"]
+    assert b"ConnectionAbortedError" in session.communicate(timeout=5)[1]
+    assert warden.poll() is None, "negative control"
+    warden.terminate()
+    warden.communicate()
+
+
 def test_an_exception_closes_what_it_excepts(scene: tuple[Lab, Box]) -> None:
     lab, box = scene
     lab.dns.load([Entry("a.deep.example", {"A": ("203.0.113.61",)}), Entry("b.deep.example", {"A": ("203.0.113.62",)})])
@@ -255,6 +275,18 @@ def test_a_session_that_may_write_the_policy_may_only_narrow_it(lab: Lab) -> Non
     assert box.fwctl("reload", user="session").returncode in {77, 78}
     assert reload(box, "site.example\nother.example\n")["added_total"] == 1, "root may"
     assert attempt(box, ("tcp", "other.example", 443)).error is None
+
+
+def test_settings_that_a_session_may_write_are_told(lab: Lab) -> None:
+    """They are believed at the next start: the mode, and where the policy is."""
+    nothing = str(Path(initd.__file__).with_name("py.typed"))
+    for writable in (False, True):
+        box = lab.box(policy_writable=writable, env={"INITD_POLICY": nothing})
+        box.start()
+        told = [text for text in box.status()["warnings"] if "session can change" in text]
+        assert len(told) == writable, "negative control: nothing is told of what it cannot write"
+        assert all("its own settings: /workspace/.aidevcontainer is writable for UID 501" in text for text in told)
+        box.stop()
 
 
 def test_a_session_cannot_hide_that_it_may_write_the_policy(lab: Lab) -> None:

@@ -82,6 +82,34 @@ for source in ("0.0.0.0", "198.51.100.2", "127.0.0.2"):
 print(json.dumps(gained))
 """
 
+# Has verifications run and takes standard error from each probe, before it can protect itself, to write a line there.
+FORGE = """
+import ctypes, json, os, socket, threading, time
+taken, end = set(), time.monotonic() + 20
+def ask():
+    while not taken:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect("/run/initd/control.sock")
+            sock.sendall(b'{"op":"verify"}\\n')
+            sock.makefile().readline()
+asking = threading.Thread(target=ask, daemon=True)
+asking.start()
+while not taken and time.monotonic() < end:
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/cmdline") as file:
+                if not file.read().endswith("\\0probe\\0"):
+                    continue
+            where = os.readlink(f"/proc/{pid}/fd/2")
+            fd = ctypes.CDLL(None).syscall(438, os.pidfd_open(int(pid)), 2, 0)  # pidfd_getfd
+            os.write(fd, b'{"event": "forged"}\\n')
+            taken.add(where)
+        except OSError:
+            continue
+asking.join(20)
+print(json.dumps(sorted(taken)))
+"""
+
 
 @dataclass(frozen=True)
 class Scene:
@@ -129,6 +157,11 @@ def test_a_session_has_no_capability(scene: Scene) -> None:
         assert held["Uid"].split() == [real, "501", real, "501"]
     root = scene.box.exec(["cat", "/proc/self/status"], user="root").stdout
     assert f"CapEff:\t{NONE}" not in root, "the same question finds them where they are"
+
+
+def test_a_session_writes_no_line_of_our_log(scene: Scene) -> None:
+    assert scene.python(FORGE) == ["/dev/null"], "negative control: a probe's standard error can be taken"
+    assert "forged" not in scene.box.logs().text
 
 
 def test_no_attack_gains_anything(scene: Scene) -> None:

@@ -110,12 +110,52 @@ def test_an_open_connection_does_not_outlive_the_lockdown(lab: Lab) -> None:
         box = lab.box(policy=holding.POLICY)
         box.start()
         ending = json.loads(talk.communicate(timeout=10)[0])
-    assert ending["echoes"] > 5
+    assert ending["echoes"] > 5, "negative control: it was open"
     assert ending["error"] in {"ECONNREFUSED", "ECONNRESET", "EPERM", "TIMEOUT"}
     lab.clear()
     time.sleep(0.3)
     left = [packet for packet in lab.packets(to="203.0.113.20") if "R" not in packet.flags]
     assert left == [], "nothing but the reset that answers what still comes in"
+
+
+# Holds a connection, idle until a line comes; then says whether the far end still answers.
+IDLE = """
+import socket, sys
+sock = socket.create_connection(("203.0.113.7", 7), timeout=3)
+print("open", flush=True)
+for line in sys.stdin:
+    try:
+        sock.send(b"x")
+        print("echo" if sock.recv(1) else "closed", flush=True)
+    except OSError as error:
+        print(type(error).__name__, flush=True)
+"""
+
+
+def test_what_the_last_box_let_through_ends_when_the_next_one_does_not(lab: Lab) -> None:
+    """Where the network outlives the box: a pod, or a namespace of one's own."""
+
+    def asks() -> bytes:
+        assert idle.stdin is not None
+        assert idle.stdout is not None
+        idle.stdin.write(b"on\n")
+        return idle.stdout.readline()
+
+    box = lab.box(policy="203.0.113.7:7\n")
+    box.start()
+    argv = ["ip", "netns", "exec", lab.netns, sys.executable, "-I", "-c", IDLE]
+    with subprocess.Popen(argv, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0) as idle:
+        assert idle.stdout is not None
+        assert idle.stdout.readline() == b"open\n"
+        box.stop()
+        box.start()
+        assert asks() == b"echo\n", "negative control"
+        box.stop()
+        box.write_policy("")
+        box.start()
+        assert asks() != b"echo\n"
+        assert idle.stdin is not None
+        idle.stdin.close()
 
 
 def test_a_refused_start_leaves_the_namespace_shut(lab: Lab) -> None:
@@ -283,6 +323,7 @@ REFUSALS: dict[str, tuple[dict, Callable[[Box], None] | None]] = {
     "no-capabilities": ({"capabilities": []}, None),
     "no-user": ({}, without_user),
     "no-resolver": ({"resolv_conf": "# nothing\n"}, None),
+    "warden-group": ({"env": {"CLAUDE_GID": "990"}}, None),
     "root-session": ({"env": {"CLAUDE_UID": "0"}}, None),
     "warden-session": ({"env": {"CLAUDE_UID": "990"}}, None),
 }

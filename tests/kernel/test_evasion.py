@@ -2,18 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 import time
+from ipaddress import ip_address
 
 import pytest
 
-from initd.core.ruleset import Ruleset
-from tests.kernel.test_contract import LISTED4, LISTED6, SPECIAL, UNLISTED, apart, armed, tries
+from initd.core.ruleset import Endpoint, Ruleset
+from tests.kernel.test_contract import (
+    LISTED4,
+    LISTED6,
+    SPECIAL,
+    UNLISTED,
+    UPSTREAM4,
+    apart,
+    armed,
+    tries,
+    wire_far,
+)
 from tests.kernel.wire import BOX4, BOX6, SESSION, WARDEN, as_user, attempt, run
 
 pytestmark = pytest.mark.kernel
 
+IP_PKTINFO, IPV6_PKTINFO = 8, 50  # linux/in.h, linux/in6.h
 UNLISTED4, UNLISTED6 = "203.0.113.77", "2001:db8:2::77"
 _SYN = struct.pack("!HHIIBBHHH", 40000, 443, 1, 0, 5 << 4, 2, 1024, 0, 0)
 _DATAGRAM = struct.pack("!HHHH", 40000, 443, 8 + 32, 0) + b"x" * 32
@@ -226,3 +239,91 @@ def test_a_source_that_is_not_ours_leads_nowhere(backend, wire, name):
     wire.do(lambda: spoofing(peer, answered=answered))
     time.sleep(0.05)
     assert wire.arrived() == []
+
+
+def out_by_loopback(how: str) -> socket.socket:
+    """A session's socket that has sent to UNLISTED by lo, which begins a flow there if the rules let it."""
+    family = socket.AF_INET6 if how.endswith("6") else socket.AF_INET
+    own, peer = (BOX6, UNLISTED6) if family == socket.AF_INET6 else (BOX4, UNLISTED4)
+    lo = socket.if_nametoindex("lo")
+    with as_user(SESSION):
+        sock, named = (socket.socket(family, socket.SOCK_DGRAM) for _ in range(2))
+    for one in (sock, named):
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        one.bind((own, 5555))
+    with named, contextlib.suppress(OSError):
+        if how.startswith("device"):
+            with as_user(SESSION):  # asks for no privilege since Linux 5.7
+                named.setsockopt(socket.SOL_SOCKET, socket.SO_BINDTODEVICE, b"lo")
+            named.sendto(b"begin", (peer, 9443))
+        elif family == socket.AF_INET:
+            named.sendmsg([b"begin"], [(socket.IPPROTO_IP, IP_PKTINFO, struct.pack("=i8x", lo))], 0, (peer, 9443))
+        else:
+            where = bytes(16) + struct.pack("=i", lo)
+            named.sendmsg([b"begin"], [(socket.IPPROTO_IPV6, IPV6_PKTINFO, where)], 0, (peer, 9443))
+    return sock
+
+
+def called_from_outside(how: str) -> bool:
+    """Whether a session at port 5555 answers somebody who calls from UNLISTED."""
+    family = socket.AF_INET6 if how.endswith("6") else socket.AF_INET
+    own, peer = (BOX6, UNLISTED6) if family == socket.AF_INET6 else (BOX4, UNLISTED4)
+    with socket.socket(family, socket.SOCK_DGRAM) as sock:
+        sock.setsockopt(*((41, 78) if family == socket.AF_INET6 else (0, 15)), 1)  # IPV6_FREEBIND, IP_FREEBIND
+        sock.bind((peer, 9443))
+        sock.settimeout(0.5)
+        sock.sendto(b"call", (own, 5555))
+        try:
+            return sock.recv(16) == b"call"
+        except OSError:
+            return False
+
+
+@pytest.mark.parametrize("how", ["device", "message", "device 6", "message 6"])
+def test_a_way_out_by_loopback_lets_nobody_in(backend, wire, how):
+    def answering():
+        sock = out_by_loopback(how)
+
+        def loop():
+            while True:
+                sock.sendto(*sock.recvfrom(16))
+
+        return loop
+
+    wire.do(lambda: attempt("udp", LISTED6))  # finds the neighbour by our own address
+    wire.background(answering)
+    assert wire_far(wire, lambda: called_from_outside(how)), "negative control: without rules it is answered"
+    wire.do(lambda: armed(backend) and None)
+    wire.shell("conntrack", "-F")
+    wire.do(lambda: out_by_loopback(how) and None)
+    assert not wire_far(wire, lambda: called_from_outside(how))
+
+
+def test_a_connection_that_was_reset_is_no_way_in_for_the_next(backend, wire):
+    """Whoever takes its port sends a SYN that connection tracking takes for a part of what was there."""
+    ruleset = Ruleset(WARDEN, upstreams=frozenset({Endpoint(ip_address(UPSTREAM4))}))
+
+    def connect(uid: int) -> socket.socket:
+        with as_user(uid):
+            sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((BOX4, 41000))
+        sock.settimeout(1)
+        sock.connect((UPSTREAM4, 53))
+        return sock
+
+    def ride() -> str:
+        with connect(WARDEN) as sock:
+            sock.send(b"reset")
+            with contextlib.suppress(ConnectionResetError):
+                sock.recv(16)
+        try:
+            with connect(SESSION) as sock:
+                sock.send(b"hello")
+                return sock.recv(16).decode()
+        except ConnectionRefusedError:
+            return "refused"
+
+    assert wire.do(ride) == "hello", "negative control"
+    wire.do(lambda: armed(backend, ruleset) and None)
+    assert wire.do(ride) == "refused"

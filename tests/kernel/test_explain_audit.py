@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import time
 
 import pytest
 
+from tests.support import holding
 from tests.support.attempts import attempt_all, client
 from tests.support.lab import Lab
 
@@ -31,6 +33,7 @@ BACKENDS = ["nftables", "xtables"]
 @pytest.fixture(scope="module", params=BACKENDS)
 def place(request):
     with Lab() as lab:
+        holding.let_ping(lab)
         lab.dns.set("site.example", {"A": "203.0.113.7"}, ttl=60)
         lab.dns.set("other.example", {"A": "203.0.113.8"}, ttl=60)
         lab.dns.set("x.bad.example", {"A": "203.0.113.9"}, ttl=60)
@@ -97,6 +100,16 @@ def test_leaving_closes_what_was_let_through_and_shuts_the_rest(box):
     assert open_ones(box, [("tcp", "site.example", 443)]) == [True]
 
 
+def test_leaving_ends_what_is_neither_tcp_nor_udp(box):
+    """A ping that goes on is one flow for connection tracking, which no rule would judge again."""
+    box.fwctl("audit", "--for", "1m")
+    ping = box.popen(client("talk", "203.0.113.99", "0", "icmp"))
+    assert ping.stdout.readline() == b"open\n", "negative control"
+    assert "203.0.113.99, protocol 1" in answer(box, "audit", "--off")["closed"]
+    assert json.loads(ping.stdout.read())["error"] == "EPERM"
+    ping.communicate()
+
+
 def test_every_command_is_loud_and_none_is_afterwards(box):
     commands = (
         ["status"],
@@ -159,6 +172,21 @@ def test_the_kernel_ends_it_when_nobody_else_can(lab, backend):
     assert open_ones(box, OPENED[::2]) == [True] * 2, "negative control: it goes on until then"
     time.sleep(4)
     assert not any(open_ones(box, OPENED[::2]))
+
+
+def test_what_it_let_through_ends_also_when_the_warden_was_away_at_its_end(lab):
+    box = lab.box(policy="")
+    box.start()
+    box.fwctl("audit", "--for", "3s")
+    end = time.monotonic() + 3.1
+    talk = box.popen(client("talk", "203.0.113.99", "7"))
+    assert talk.stdout.readline() == b"open\n", "negative control"
+    while time.monotonic() < end:
+        with contextlib.suppress(KeyError, ProcessLookupError):
+            os.kill(box.pids()["warden"], signal.SIGKILL)
+        time.sleep(0.05)
+    wait_for(lambda: box.fwctl("status").returncode == 0, 10)
+    assert json.loads(talk.communicate(timeout=5)[0])["error"] is not None
 
 
 def test_what_stays_shut_in_it_would_answer(box):

@@ -284,7 +284,10 @@ def _read_all(descriptor: int, seconds: float) -> bytes:
 
 
 class _FarSide:
-    """Echo on `PORTS`, TCP and UDP, and note what arrives. A TCP peer that says "hold" gets a byte each 20 ms."""
+    """Echo on `PORTS`, TCP and UDP, and note what arrives.
+
+    A TCP peer that says "hold" gets a byte each 20 ms, one that says "reset" gets that.
+    """
 
     def __init__(self, commands: socket.socket) -> None:
         self.commands = commands
@@ -347,7 +350,9 @@ class _FarSide:
                 data = sock.recv(65536)
             if data == b"hold":
                 self.feeds[sock.fileno()] = sock
-            if data:
+            if data == b"reset":
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            elif data:
                 sock.send(data)
                 return
             self.poll.unregister(sock)

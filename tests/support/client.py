@@ -55,13 +55,16 @@ def attempts(targets: str) -> None:
     print(json.dumps([attempt(*target) for target in json.loads(targets)]))
 
 
-def talk(host: str, port: str) -> None:
-    """Keep one connection to an echo server busy; `open`, then at its end when and why as JSON."""
+def talk(host: str, port: str, proto: str = "tcp") -> None:
+    """Keep one connection to an echo server, or a ping, busy; `open`, then at its end when and why as JSON."""
     echoes, error = 0, None
+    kind = (socket.SOCK_DGRAM, socket.IPPROTO_ICMP) if proto == "icmp" else (socket.SOCK_STREAM, 0)
     try:
-        with socket.create_connection((host, int(port)), timeout=TIMEOUT) as sock:
+        with socket.socket(socket.AF_INET, *kind) as sock:
+            sock.settimeout(TIMEOUT)
+            sock.connect((host, int(port)))
             while True:
-                sock.send(b"x")
+                sock.send(ECHO[socket.AF_INET] if proto == "icmp" else b"x")
                 if not sock.recv(1):
                     break
                 if not echoes:
