@@ -99,7 +99,7 @@ def chains(version: int, ruleset: Ruleset) -> Chains:
         *(_owned(0, proto=proto, port=53) for proto in ("udp", "tcp") if ruleset.engine_dns),
         *(_reject(4, destination=ENGINE_DNS) if version == 4 else ()),
         Rule("ACCEPT", outside="lo"),
-        _no_riding(version),
+        *_no_riding(version, log=ruleset.log),
         *_tracked(version),
         _RESET,
         Rule("ACCEPT", matches=(_in_set(version, "private"),)),
@@ -124,11 +124,10 @@ def _unlisted(version: int, ruleset: Ruleset) -> Iterator[Rule]:
     """Refuse the rest; audit mode lets it go, but to no resolver: names are asked of the guard, or none is recorded."""
     if ruleset.audit is not None:
         audited = (_in_set(version, "audit"),)
-        for proto in ("udp", "tcp"):
-            resolver = (proto, (("dport", ("53",)),))
-            if ruleset.log:
-                yield from _log(NFLOG_PREFIX, proto=proto, matches=(resolver,))
-            yield _reject(version, proto=proto, matches=(resolver,))[proto == "udp"]
+        resolver = (("tcp", (("dport", ("53",)),)),)  # over UDP `_no_riding` has refused it
+        if ruleset.log:
+            yield from _log(NFLOG_PREFIX, proto="tcp", matches=resolver)
+        yield _reject(version, proto="tcp", matches=resolver)[0]
         if ruleset.log:
             yield from _log("initd-audit", matches=audited)
         yield Rule("ACCEPT", matches=audited)
@@ -206,7 +205,7 @@ def _tracked(version: int) -> tuple[Rule, Rule]:
     )
 
 
-def _no_riding(version: int) -> Rule:
+def _no_riding(version: int, *, log: bool) -> Iterator[Rule]:
     """UDP to port 53 is judged packet by packet.
 
     Connection tracking knows a UDP flow by its addresses and ports alone, for 30 s after its last packet: whoever takes
@@ -215,7 +214,9 @@ def _no_riding(version: int) -> Rule:
     listed = tuple(_in_set(version, kind, negated=True) for kind in ("private", "learned", "static"))
     prohibited = "icmp-admin-prohibited" if version == 4 else "icmp6-adm-prohibited"
     matches = (("udp", (("dport", ("53",)),)), *listed)
-    return Rule("REJECT", (("reject-with", (prohibited,)),), proto="udp", matches=matches)
+    if log:
+        yield from _log(NFLOG_PREFIX, proto="udp", matches=matches)
+    yield Rule("REJECT", (("reject-with", (prohibited,)),), proto="udp", matches=matches)
 
 
 def _in_set(version: int, kind: str, *, negated: bool = False) -> tuple[str, Options]:
