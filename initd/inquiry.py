@@ -140,10 +140,9 @@ def moment(text: str | None, now: float | None = None) -> float:
         return here.timestamp() - parse_span(text)
     except ValueError:
         pass
+    today = f"{here.date().isoformat()}T{text:0>5}" if len(text) <= len("10:30:59") and ":" in text else text
     try:
-        if len(text) <= len("10:30:59") and ":" in text:
-            text = f"{here.date().isoformat()}T{text:0>5}"
-        found = datetime.fromisoformat(text)
+        found = datetime.fromisoformat(today)
         return (found if found.tzinfo else found.replace(tzinfo=here.tzinfo)).timestamp()
     except ValueError:
         raise UsageError(f"{text!r:.40} is no time", hint="write 30m, 2h, 10:30 or 2026-01-31T10:30") from None

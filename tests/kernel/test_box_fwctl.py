@@ -184,6 +184,20 @@ def test_when_the_keeper_is_gone_too_it_says_that_nobody_is_there(lab: Lab) -> N
     assert "no box is running here" in health.stdout
 
 
+@pytest.mark.parametrize(
+    ("shell", "code", "words"),
+    [
+        ("{} check - >/dev/full", 71, "fwctl: No space left on device\n"),
+        ("{} check - >&-", 0, ""),
+        ("PYTHONIOENCODING=ascii {} check -", 0, ""),
+    ],
+)
+def test_wherever_stdout_goes_there_is_no_traceback(shell: str, code: int, words: str) -> None:
+    argv = ["sh", "-c", shell.format(product.FWCTL)]
+    done = subprocess.run(argv, capture_output=True, text=True, input="b\u00fccher.example\n", check=False)
+    assert (done.returncode, done.stderr) == (code, words)
+
+
 @pytest.mark.parametrize("name", [*COMMANDS, "doctor"])
 def test_without_a_box(tmp_path: Path, name: str) -> None:
     environment = os.environ | {"INITD_RUN_DIR": str(tmp_path), "INITD_POLICY": str(tmp_path / "policy")}
