@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from initd import narrative, published
-from initd.asking import run_dir
+from initd.asking import UnavailableError, run_dir
 from initd.files import read_regular
 from initd.report import GREEN, RED, YELLOW, paint
 
@@ -38,6 +38,11 @@ def examine(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
 
     inside = (run_dir() / "control.sock").exists()
     name = arguments.file or str(run_dir() / published.FILE)
+    if arguments.file is None and not os.path.lexists(name):
+        raise UnavailableError(
+            f"no box is running here ({name})",
+            hint="start it with `docker compose up -d`, or try a file: fwctl doctor FILE",
+        )
     limit = policy.MAX_BYTES
     raw = sys.stdin.buffer.read(limit + 1) if name == "-" else read_regular(Path(os.path.abspath(name)), limit)  # noqa: PTH100
     parsed = policy.parse(policy.decode(raw, file=name), file=name)
@@ -48,7 +53,7 @@ def examine(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
 def text(answer: dict[str, Any], *, color: bool) -> str:
     """A table, and the sum."""
     rows = [(one["entry"], one["state"], "; ".join(one["notes"])) for one in answer["entries"]]
-    table = narrative.table(("ENTRY", "STATE", "NOTES"), rows, width=narrative.terminal_width(), color=color)
+    table = narrative.table(("ENTRY", "STATE", "NOTES"), rows, width=narrative.terminal_width(), color=color, wrap=True)
     summary = ", ".join(f"{answer[state]} {state}" for state in ("ok", "warning", "failed", "untried") if answer[state])
     shade = SHADES["failed" if answer["failed"] else "warning" if answer["warning"] else "ok"]
     line = f"{answer['file']}: {summary or 'no entries'}"

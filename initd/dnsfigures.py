@@ -57,7 +57,8 @@ class ResolveError(OSError):
     """`kind`: refused, nxdomain, empty, servfail, timeout, insert, overload or stopped."""
 
     def __init__(self, name: str, kind: str) -> None:
-        super().__init__(f"{name}: {_KINDS.get(kind, kind)}")
+        self.reason = _KINDS.get(kind, kind)
+        super().__init__(f"{name}: {self.reason}")
         self.name = name
         self.kind = kind
 

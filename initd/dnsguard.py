@@ -81,6 +81,7 @@ class DnsGuard:
     """`backend` holds the learned set; `decide` is the policy; `options` the rest.
 
     `on_refused` is told of each question that is refused, before the answer leaves: whoever asked is still there.
+    `on_stripped` is told which addresses were kept from an answer.
     """
 
     def __init__(
@@ -103,6 +104,7 @@ class DnsGuard:
         self._refreshing: asyncio.Task[None] | None = None
         self._counts = Counts()
         self.on_refused: Callable[[Asked], None] = _nobody
+        self.on_stripped: Callable[[str, tuple[IPAddress, ...]], None] = _nobody
 
     async def start(self, sockets: Mapping[str, socket.socket]) -> None:
         """Serve on the keeper's sockets (dns4-udp, dns4-tcp, dns6-udp, dns6-tcp; others are left alone)."""
@@ -328,6 +330,8 @@ class DnsGuard:
     def _note(self, judged: Judged, answer: wire.Answer, stripped: tuple[IPAddress, ...]) -> None:
         self._counts.stripped += len(stripped)
         self._counts.stray += answer.stray
+        if stripped:
+            self.on_stripped(judged.name, stripped)
         if (stripped or answer.stray) and self._loud.allows(time.monotonic()):
             shown = [str(one) for one in stripped[:8]]
             self._log.warning("dns.stripped", name=judged.name, addresses=shown, stray=answer.stray)
@@ -378,7 +382,7 @@ def _kept(judged: Judged) -> bool:
     return judged.fate is Fate.HOSTS or (judged.fate is Fate.FORWARD and judged.decision.literal)
 
 
-def _nobody(_: Asked) -> None:
+def _nobody(*_: object) -> None:
     """Nobody wants to know."""
 
 

@@ -42,6 +42,7 @@ HEAD_LIMIT = 32 * 1024
 TLS_PORTS = frozenset({443, 465, 636, 853, 993, 995, 6443, 8443})
 HTTP_PORTS = frozenset({80, 443, 8443})
 HTTPS = Service("tcp", 443)
+NO_ADDRESS = "the name is there, but it has no address"
 
 
 @dataclass(slots=True)
@@ -67,7 +68,7 @@ def examine(policy: Policy, *, inside: bool) -> dict[str, Any]:
     lookup = policy.lookup()
     with ThreadPoolExecutor(max_workers=AT_ONCE) as pool:
         findings = list(pool.map(lambda rule: _name(rule, lookup, inside=inside), policy.names))
-    _compare(findings)
+    _compare(findings, inside=inside)
     origins = [*(one.origin for one in policy.ranges), *(one.origin for one in policy.feeds)]
     findings += [Finding(one.text, one.line, "untried", ["no name to be tried by"]) for one in origins]
     findings.sort(key=lambda one: (one.line, one.entry))
@@ -92,7 +93,10 @@ def _name(rule: NameRule, lookup: Lookup, *, inside: bool) -> Finding:
     try:
         infos = socket.getaddrinfo(rule.name, None, type=socket.SOCK_STREAM)
     except OSError as error:
-        found.worse("failed", f"does not resolve: {_why_not(rule.name) or error.strerror}")
+        reason = _why_not(rule.name) or error.strerror
+        if inside and reason == NO_ADDRESS:  # the guard may have kept it back
+            reason = f"{NO_ADDRESS}, or a private one that is not listed: ask `fwctl why {rule.name}`"
+        found.worse("failed", f"does not resolve: {reason}")
         return found
     if alias := _alias(rule.name):
         found.notes.append(f"an alias of {printable(alias, 80)}")
@@ -110,7 +114,7 @@ def _why_not(name: str) -> str | None:
     except dns.resolver.NXDOMAIN:
         return "there is no such name (NXDOMAIN)"
     except dns.resolver.NoAnswer:
-        return "the name is there, but it has no address"
+        return NO_ADDRESS
     except dns.resolver.NoNameservers as error:  # its errors: (server, tcp, port, exception, response)
         rcodes = {one[4].rcode() for one in error.kwargs.get("errors", ()) if one[4] is not None}
         said = ", ".join(sorted(dns.rcode.to_text(rcode) for rcode in rcodes))
@@ -119,7 +123,7 @@ def _why_not(name: str) -> str | None:
         return f"no resolver answers within {SECONDS:g} s"
     except dns.exception.DNSException as error:
         return printable(str(error), 120)
-    return None if list(answer.addresses()) else "the name is there, but it has no address"
+    return None if list(answer.addresses()) else NO_ADDRESS
 
 
 def _alias(name: str) -> str | None:
@@ -224,7 +228,7 @@ def _where(url: str) -> tuple[str, int]:
     return parts.hostname or "", parts.port or (443 if parts.scheme == "https" else 80)
 
 
-def _compare(findings: list[Finding]) -> None:
+def _compare(findings: list[Finding], *, inside: bool) -> None:
     """Addresses that serve more than the one name: whoever opens it opens what else is there."""
     names: dict[str, list[str]] = {}
     for one in findings:
@@ -235,15 +239,16 @@ def _compare(findings: list[Finding]) -> None:
             other for address in one.addresses for other in names[address] if other != one.entry
         ):
             one.notes.append(f"shares an address with {_few(list(others))}")
-        one.notes += _neighbourhood(one.addresses)
+        one.notes += _neighbourhood(one.addresses, special=not inside or one.state == "failed")
 
 
-def _neighbourhood(addresses: list[str]) -> Iterator[str]:
+def _neighbourhood(addresses: list[str], *, special: bool) -> Iterator[str]:
+    """What else is at these addresses. Of special ones nothing is said where one has just been reached."""
     parsed = [ip_address(text.partition("%")[0]) for text in addresses]
     if cdns := sorted({owner for one in parsed if (owner := cdn_of(one))}):
         yield f"served by {', '.join(cdns)}: the same addresses serve other sites"
-    for one in parsed:
-        if network := special_of(one):
+    for one in parsed if special else ():
+        if (network := special_of(one)) and not one.is_loopback:
             yield f"{one} is in the special range {network}: refused unless listed as a range or a local name"
 
 

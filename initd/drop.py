@@ -69,7 +69,10 @@ def need(caps: Iterable[int]) -> None:
     if missing:
         names = ", ".join(missing)
         plural = "capability" if len(missing) == 1 else "capabilities"
-        raise PrivilegeError(f"missing {plural} {names}", hint=f"cap_add: [{names}] in compose.yaml, or --cap-add")
+        hint = f"cap_add: [{names}] in compose.yaml, or --cap-add"
+        if os.geteuid() != 0:
+            hint = "start it as root, without `user:` or --user: PID 1 becomes CLAUDE_UID by itself"
+        raise PrivilegeError(f"missing {plural} {names}", hint=hint)
 
 
 def capset(permitted: Iterable[int], *, effective: Iterable[int], inheritable: Iterable[int]) -> None:

@@ -29,6 +29,12 @@ class InitdError(Exception):
             return
 
 
+class UsageError(InitdError):
+    """Whoever typed the command types another one (EX_USAGE)."""
+
+    code = 64
+
+
 class ConfigError(InitdError):
     """The operator edits a file or a variable (EX_CONFIG)."""
 

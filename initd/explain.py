@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from initd.core.names import NameFaultError, to_ascii
 from initd.core.policy import Service, Verdict
 from initd.core.special import special_of
-from initd.errors import ConfigError
+from initd.errors import UsageError
 
 if TYPE_CHECKING:
     from initd.core.membership import Membership
@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from initd.core.ruleset import IPAddress
 
 _PORT = re.compile("[0-9]{0,5}")
+
+ENGINE_DNS = ip_address("127.0.0.11")
+"""The one loopback address that is not for everybody."""
+
+OWN = "the box itself: loopback is open, and needs no line"
 
 LONGEST = 300
 """Characters of a target: a name has 253 at most."""
@@ -33,7 +38,7 @@ def explain(target: str, lookup: Lookup, allowed: Membership) -> dict[str, Any]:
     """The decision on HOST[:PORT][/PROTO] as a dictionary: target, allowed, reason, lines.
 
     `allowed` is what the kernel holds (static, private and learned), so that an address learned from a name counts.
-    Raises ConfigError for a target that cannot be read.
+    Raises UsageError for a target that cannot be read.
     """
     host, service = parse_target(target)
     try:
@@ -54,20 +59,22 @@ def parse_target(target: str) -> tuple[str, Service]:
         host, _, port = rest.partition(":")
     wrong = proto not in {"", "tcp", "udp"} or not host or not _PORT.fullmatch(port)
     if wrong or len(target) > LONGEST:
-        raise ConfigError(
+        raise UsageError(
             f"{target[:LONGEST]!r} is not HOST[:PORT]", hint="for example github.com:443, [2001:db8::1]:22, db:53/udp"
         )
     number = int(port or 443)
     if not 0 < number < 65536:
-        raise ConfigError(f"{target!r}: a port is 1 to 65535")
+        raise UsageError(f"{target!r}: a port is 1 to 65535")
     host = host.lower().rstrip(".")
     try:
         return (host if host.isascii() else to_ascii(host)), Service(proto or "tcp", number)
     except NameFaultError as error:
-        raise ConfigError(f"{target!r}: {error.reason}", hint=error.hint) from error
+        raise UsageError(f"{target!r}: {error.reason}", hint=error.hint) from error
 
 
 def _name(host: str, service: Service, lookup: Lookup) -> dict[str, Any]:
+    if host == "localhost" or host.endswith(".localhost"):  # the guard's own answer, RFC 6761
+        return _answer(host, service, allowed=True, reason=OWN, lines=())
     decision = lookup.decide(host)
     if decision.verdict is not Verdict.LISTED:
         return _answer(host, service, reason=REASONS[decision.verdict], lines=decision.origins)
@@ -78,6 +85,8 @@ def _name(host: str, service: Service, lookup: Lookup) -> dict[str, Any]:
 
 
 def _address(address: IPAddress, service: Service, lookup: Lookup, allowed: Membership) -> dict[str, Any]:
+    if address.is_loopback and address != ENGINE_DNS:
+        return _answer(str(address), service, allowed=True, reason=OWN, lines=())
     origins = lookup.decide_address(address, service)
     if allowed.holds(address, service.proto, service.port):
         reason = "listed" if origins else "an address of a listed name or feed"

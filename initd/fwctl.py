@@ -10,13 +10,12 @@ import argparse
 import json
 import os
 import sys
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from initd import __version__, completion, diagnosis, inquiry, metrics, narrative, report
 from initd.asking import UnavailableError, ask
-from initd.errors import ConfigError, InitdError
+from initd.errors import ConfigError, InitdError, KernelError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -79,6 +78,9 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
+    if sys.stdout is None:  # closed by the caller
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: PTH123, SIM115 - for as long as we run
+    sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a locale without our characters
     arguments = parser().parse_args(argv)
     try:
         answer, code = COMMANDS[arguments.command](arguments)
@@ -93,6 +95,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         # The reader went away (head, a pager): python would complain again at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + 13
+    except OSError as error:  # stdout is a file on a full disk
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.stderr.write(f"fwctl: {error.strerror or error}\n")
+        return KernelError.code
     except KeyboardInterrupt:
         return 128 + 2
     return code
@@ -181,7 +187,7 @@ TEXT: dict[str, Callable[..., str]] = {
     "metrics": metrics.text,
     "doctor": diagnosis.text,
     "completion": lambda answer, **_: str(answer["script"]).rstrip(),
-    "status": partial(report.status, width=narrative.terminal_width()),
+    "status": lambda answer, *, color: report.status(answer, color=color, width=narrative.terminal_width()),
 }
 
 

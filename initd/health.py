@@ -38,7 +38,7 @@ async def examine(settings: Settings, live: Live, keeping: Keeping) -> list[dict
         await _guard(),
         _keeper(keeping),
         _warden(keeping),
-        _workspace(settings),
+        workspace(settings),
         _disk(settings.workspace),
     ]
 
@@ -91,7 +91,8 @@ async def _guard() -> dict[str, Any]:
     return _check("guard", answer[:2] == QUERY[:2], "the DNS guard answers")
 
 
-def _workspace(settings: Settings) -> dict[str, Any]:
+def workspace(settings: Settings) -> dict[str, Any]:
+    """Whether the session user may write where the work is; if not, what to set."""
     path = settings.workspace
     try:
         status = path.stat()
@@ -104,8 +105,12 @@ def _workspace(settings: Settings) -> dict[str, Any]:
         bit = stat.S_IWGRP if status.st_gid == settings.claude_gid else stat.S_IWOTH
     ok = stat.S_ISDIR(status.st_mode) and status.st_mode & bit and not read_only
     owner = f"{path} belongs to {status.st_uid}:{status.st_gid}, mode {stat.S_IMODE(status.st_mode):o}"
-    words = "writable" if ok else "NOT writable"
-    return _check("workspace", ok, f"{owner}: {words} for {settings.claude_uid}:{settings.claude_gid}")
+    if ok:
+        return _check("workspace", ok, f"{owner}: writable for {settings.claude_uid}:{settings.claude_gid}")
+    set_them = f"set CLAUDE_UID={status.st_uid} CLAUDE_GID={status.st_gid}"
+    do = "mount it writable" if read_only else set_them if status.st_uid else "chown it on the host"
+    words = f"NOT writable for {settings.claude_uid}:{settings.claude_gid}; {do}"
+    return _check("workspace", ok, f"{owner}: {words}")
 
 
 def _disk(path: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from initd import narrative
 from initd.asking import UnavailableError, ask
 from initd.core.presets import DEFAULT_POLICY
 from initd.core.spans import parse_span
-from initd.errors import ConfigError
+from initd.errors import ConfigError, UsageError
 
 if TYPE_CHECKING:
     import argparse
@@ -89,9 +89,9 @@ def _audit(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     try:
         seconds = 0 if arguments.off else parse_span(arguments.span)
     except ValueError as error:
-        raise ConfigError(str(error)) from error
+        raise UsageError(str(error)) from error
     if not (seconds or arguments.off):
-        raise ConfigError("audit mode for no time at all", hint="to end it: fwctl audit --off")
+        raise UsageError("audit mode for no time at all", hint="to end it: fwctl audit --off")
     return ask("audit", seconds=seconds), 0
 
 
@@ -132,7 +132,7 @@ def everything(after: int = 0) -> tuple[list[dict[str, Any]], dict[str, Any]]:
 
 
 def moment(text: str | None, now: float | None = None) -> float:
-    """Seconds since the epoch of "30m" (ago), "10:30" (today) or an ISO time; 0 for None. Raises ConfigError."""
+    """Seconds since the epoch of "30m" (ago), "10:30" (today) or an ISO time; 0 for None. Raises UsageError."""
     if text is None:
         return 0.0
     here = datetime.fromtimestamp(time.time() if now is None else now).astimezone()
@@ -140,13 +140,12 @@ def moment(text: str | None, now: float | None = None) -> float:
         return here.timestamp() - parse_span(text)
     except ValueError:
         pass
+    today = f"{here.date().isoformat()}T{text:0>5}" if len(text) <= len("10:30:59") and ":" in text else text
     try:
-        if len(text) <= len("10:30:59") and ":" in text:
-            text = f"{here.date().isoformat()}T{text:0>5}"
-        found = datetime.fromisoformat(text)
+        found = datetime.fromisoformat(today)
         return (found if found.tzinfo else found.replace(tzinfo=here.tzinfo)).timestamp()
     except ValueError:
-        raise ConfigError(f"{text!r:.40} is no time", hint="write 30m, 2h, 10:30 or 2026-01-31T10:30") from None
+        raise UsageError(f"{text!r:.40} is no time", hint="write 30m, 2h, 10:30 or 2026-01-31T10:30") from None
 
 
 def append(path: str, lines: list[str], *, begin: str = "") -> list[str]:

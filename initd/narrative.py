@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
+import textwrap
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
@@ -108,7 +109,9 @@ def suggest(answer: dict[str, Any], *, color: bool) -> str:
     if (left := answer["lines_total"] - len(answer["lines"])) > 0:
         lines.append(f"# … and {left} more")
     if answer["written"] is not None:
-        done = f"{len(answer['written'])} lines added to {answer['to']}; put them into force: {answer['command']}"
+        done = f"nothing added: {answer['to']} has every line"
+        if count := len(answer["written"]):
+            done = f"{count} line{'s' * (count > 1)} added to {answer['to']}; put into force by: {answer['command']}"
         lines.append(paint(f"# {done}", YELLOW, color=color))
     return "\n".join(lines or ["# nothing was refused that a line could allow"])
 
@@ -183,16 +186,33 @@ def terminal_width() -> int | None:
     return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
-def table(titles: Sequence[str], rows: Sequence[Sequence[str]], *, width: int | None, color: bool) -> str:
-    """Columns side by side; the widest are cut until a line fits `width`."""
+def table(
+    titles: Sequence[str], rows: Sequence[Sequence[str]], *, width: int | None, color: bool, wrap: bool = False
+) -> str:
+    """Columns side by side; the widest are cut until a line fits `width`, the first one last.
+
+    With `wrap` the last column is not cut, but goes on in the next line.
+    """
     widths = [max(map(len, column)) for column in zip(titles, *rows, strict=True)]
-    if width is not None:
-        while sum(widths) + 2 * (len(widths) - 1) > width and max(widths) > NARROWEST:
-            widths[widths.index(max(widths))] -= 1
+    while width is not None and sum(widths) + 2 * (len(widths) - 1) > width:
+        widest = max(widths[1:])
+        place = widths.index(widest, 1) if widest > NARROWEST else 0
+        if widths[place] <= NARROWEST:
+            break
+        widths[place] -= 1
+    broken = [row for whole in rows for row in (_broken(whole, widths[-1]) if wrap else (whole,))]
     lines = [
-        "  ".join(_cell(text, size) for text, size in zip(row, widths, strict=True)).rstrip() for row in (titles, *rows)
+        "  ".join(_cell(text, size) for text, size in zip(row, widths, strict=True)).rstrip()
+        for row in (titles, *broken)
     ]
     return "\n".join([paint(lines[0], BOLD, color=color), *lines[1:]])
+
+
+def _broken(row: Sequence[str], width: int) -> list[Sequence[str]]:
+    """`row`, and below it what does not fit into its last column."""
+    first, *more = textwrap.wrap(row[-1], width, break_on_hyphens=False) or [""]
+    empty = [""] * (len(row) - 1)
+    return [[*row[:-1], first], *([*empty, part] for part in more)]
 
 
 def _cell(text: str, width: int) -> str:

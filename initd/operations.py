@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from initd import __version__, audit, verify, why
 from initd.core.spans import show_span
-from initd.errors import ConfigError, PrivilegeError
+from initd.errors import PrivilegeError, UsageError
 from initd.explain import explain
-from initd.health import examine
+from initd.health import examine, workspace
 from initd.live import literal_names
-from initd.loading import load_policy, writable_by
+from initd.loading import DEFAULTS, load_policy, writable_by
 from initd.report import size_of
 from initd.settings import READ_FROM
 
@@ -75,12 +75,16 @@ class Operations:
             for what, path in (("policy", self._settings.policy), ("settings", self._settings_file))
             if path and (how := self._writable(path))
         ]
+        if self._live.in_force.loaded.source == DEFAULTS:
+            found.append(f"there is no {self._settings.policy}: the built-in defaults are in force")
         if self._live.auditing:
             found.insert(0, "AUDIT MODE: nothing is enforced, what is not listed is let through and recorded")
         if reason := self._live.unwritten:
             found.append(f"what is in force is not written down: a restart of the warden undoes the reload ({reason})")
         if reason := self._live.unrevoked:
             found.append(f"open connections to what is not listed any more may go on ({reason})")
+        if not (place := workspace(self._settings))["ok"]:
+            found.append(f"sessions cannot write: {place['detail']}")
         if not self.recorder.figures().listening:
             found.append("refused connections are counted but not explained: the kernel has no NFLOG for us")
         return found + self._keeping.warnings(time.monotonic())
@@ -139,7 +143,7 @@ class Operations:
         done = await self._live.reload(loaded, may_widen=may_widen, within=RESOLVE_SECONDS)
         lists = {key: getattr(done, key) for key in ("added", "removed", "closed")}
         return {
-            "policy": size_of(loaded.policy),
+            "policy": {"source": loaded.source, **size_of(loaded.policy)},
             "ms": round(done.seconds * 1000, 1),
             **{key: list(value[:SHOWN]) for key, value in lists.items()},
             **{f"{key}_total": len(value) for key, value in lists.items()},
@@ -169,7 +173,7 @@ class Operations:
                 "only root may switch audit mode", hint="run it from the host: docker compose exec claude fwctl audit"
             )
         if not 0 <= seconds <= audit.LONGEST:
-            raise ConfigError(f"audit mode lasts {show_span(audit.LONGEST)} at most, not {seconds} s")
+            raise UsageError(f"audit mode lasts {show_span(audit.LONGEST)} at most, not {show_span(seconds)}")
         closed = await self._live.set_audit(audit.Audit(time.monotonic() + seconds) if seconds else None)
         return {"mode": "audit" if self._live.auditing else "enforce", "closed": list(closed[:SHOWN])}
 

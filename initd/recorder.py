@@ -10,6 +10,7 @@ import contextlib
 import json
 import os
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
@@ -98,14 +99,16 @@ class Recorder:
 
     def summary(self, now: float) -> dict[str, Any]:
         """The last hour's refusals and its three largest, how much was taken in, and what of it was lost."""
-        busy = [(row.within_hour(now), row) for row in self.ring if not row.event.allowed]
-        top = sorted(((count, row) for count, row in busy if count), key=lambda one: (-one[0], -one[1].number))
+        busy: Counter[tuple[str, int | None]] = Counter()
+        for row in reversed(list(self.ring)):  # of equals the newest comes first
+            if not row.event.allowed and (count := row.within_hour(now)):
+                busy[row.event.subject, row.event.port] += count
         return {
             **asdict(self.figures()),
             "rows": len(self.ring),
             "forgotten": self.ring.forgotten,
-            "hour": sum(count for count, _ in busy),
-            "top": [{"count": count, "subject": row.event.subject, "port": row.event.port} for count, row in top[:3]],
+            "hour": busy.total(),
+            "top": [{"count": count, "subject": name, "port": port} for (name, port), count in busy.most_common(3)],
         }
 
     @contextlib.contextmanager
@@ -127,6 +130,12 @@ class Recorder:
         actor = self._owners.of("tcp" if asked.stream else "udp", *_ends(asked.peer))
         reason = "denied" if asked.verdict is Verdict.DENIED else "unlisted"
         self._note(Event("name", asked.name[:SUBJECT_LENGTH], asked.type, reason, allowed=asked.allowed, actor=actor))
+
+    def stripped(self, name: str, addresses: tuple[IPAddress, ...]) -> None:
+        """An upstream's answer about a listed name, without the addresses in special ranges that are not listed."""
+        for one in addresses:
+            kind = "A" if one.version == 4 else "AAAA"
+            self._note(Event("name", name[:SUBJECT_LENGTH], kind, "special", address=str(one)))
 
     def packet(self, packet: Packet) -> None:
         """A packet that the rules refused, or in audit mode would have."""

@@ -95,7 +95,9 @@ def _wrapped(facts: list[tuple[str, str]], width: int) -> list[str]:
 
 def reload(answer: dict[str, Any], *, color: bool) -> str:
     """What changed, and what was closed by it."""
-    lines = [paint(f"reloaded in {answer['ms']:.0f} ms", GREEN, color=color) + f": {_sizes(answer['policy'])}"]
+    policy = answer["policy"]
+    head = paint(f"reloaded in {answer['ms']:.0f} ms", GREEN, color=color)
+    lines = [f"{head}: {policy['source']}: {_sizes(policy)}"]
     for key, mark in (("added", "+"), ("removed", "-"), ("closed", "closed ")):
         lines += _bounded([f"  {mark}{text}" for text in answer[key]], answer[f"{key}_total"])
     if not answer["added_total"] and not answer["removed_total"]:
@@ -161,7 +163,8 @@ def _bounded(lines: list[str], total: int) -> list[str]:
 
 
 def _sizes(answer: dict[str, Any]) -> str:
-    words = [f"{answer[key]} {key}" for key in ("names", "wildcards", "ranges", "feeds", "exceptions") if answer[key]]
+    kinds = [(answer[key], key) for key in ("names", "wildcards", "ranges", "feeds", "exceptions")]
+    words = [f"{count} {kind[:-1] if count == 1 else kind}" for count, kind in kinds if count]
     return ", ".join(words) or "empty: nothing may be reached"
 
 

@@ -65,7 +65,7 @@ async def resolve_names(
                 addresses[name] = len(await resolve(name))
                 del failed[name]
             except ResolveError as error:
-                failed[name] = str(error)
+                failed[name] = error.reason
                 if error.kind in SETTLED:
                     settled.add(name)
 

@@ -19,6 +19,7 @@ from initd.live import Live, Parts, literal_names
 from initd.loading import Loaded, load_policy
 from initd.operations import Operations
 from initd.recorder import Recorder
+from initd.report import size_of
 from initd.resolvconf import ResolvConf
 from initd.resolve import guard_options
 from initd.upkeep import Upkeep
@@ -44,7 +45,7 @@ async def _serve(settings: Settings, handover: Handover, *, backend: Backend, pr
     asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, keeping.stopping.set)
     saved = _remembered(settings, handover, log=log)
     loaded = _resume(saved, settings) if handover.resuming else load_policy(settings)
-    log.info("policy.read", source=loaded.source, names=len(loaded.policy.names), ranges=len(loaded.policy.ranges))
+    log.info("policy.read", source=loaded.source, **size_of(loaded.policy))
 
     resolv = ResolvConf(handover.resolv, saved=saved.upstreams if saved else ())
     guard = DnsGuard(
@@ -55,7 +56,7 @@ async def _serve(settings: Settings, handover: Handover, *, backend: Backend, pr
         log=log,
     )
     recorder = Recorder(settings.state_dir, guard.leases.of, log=log)
-    guard.on_refused = recorder.question
+    guard.on_refused, guard.on_stripped = recorder.question, recorder.stripped
     live = Live(Parts(backend, probe, Enforcer(backend), guard, settings, log), resolv.upstreams)
     live.audit = audit.begin(settings, resuming=handover.resuming, now=time.monotonic())
     feed = GithubFeed(settings, live)

@@ -239,7 +239,7 @@ def _from_file(environ: Mapping[str, str], problems: _Problems) -> dict[str, tup
         problems.lines.append(str(error))
         return {}
     for key in sorted(set(document) - set(FIELDS)):
-        problems.add(str(path), f"unknown key {key!r}", _closest(key, FIELDS))
+        problems.add(str(path), f"unknown key {key!r}", _closest(key, FIELDS) or "docs/policy.md lists the settings")
     return {name: (document[name], f"{path}: {name}") for name in FIELDS if name in document}
 
 
@@ -301,8 +301,9 @@ def _account_of(user: str) -> tuple[int, int] | tuple[None, None]:
 def _closest(word: str, words: Iterable[str]) -> str | None:
     from difflib import get_close_matches  # noqa: PLC0415 - only on the way to an error
 
-    close = get_close_matches(word, sorted(words), n=1, cutoff=0.7)
-    return f"did you mean {close[0]}?" if close else None
+    bare = {one.removeprefix("INITD_").lower(): one for one in words}  # what all begin with makes none alike
+    close = get_close_matches(word.removeprefix("INITD_").lower(), sorted(bare), n=1, cutoff=0.7)
+    return f"did you mean {bare[close[0]]}?" if close else None
 
 
 def _text(value: object) -> str:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from ipaddress import ip_address
 from typing import TYPE_CHECKING, Any
 
+from initd.core.special import special_of
 from initd.core.suggest import propose, suggest
 from initd.explain import explain, parse_target
 from initd.loading import DEFAULTS
@@ -41,17 +42,25 @@ def rows_after(recorder: Recorder, number: int) -> dict[str, Any]:
 
 
 async def why(target: str, live: Live, recorder: Recorder, settings: Settings) -> dict[str, Any]:
-    """`explain` and more; ConfigError for a target that cannot be read."""
+    """`explain` and more; UsageError for a target that cannot be read."""
     host, service, given = _read(target, recorder)
     held, now = await live.held(), live.in_force
     shown = f"[{host}]" if ":" in host else host
     answer = explain(f"{shown}:{service.port}/{service.proto}", now.lookup, held)
+    rows, leases = _about(host, recorder), _leases(host, live)
+    private = next(
+        (row.event.address for row in reversed(rows) if row.event.kind == "name" and row.event.address), None
+    )
+    if answer["allowed"] and private and not leases and not now.lookup.decide_address(ip_address(private), service):
+        reason = f"listed, but it resolves to {private}, in the special range {special_of(ip_address(private))}"
+        answer |= {"allowed": False, "reason": f"{reason}, which is not listed"}
+        host = private
     proposal = None if answer["allowed"] else asdict(propose(host, [service], now.lookup))
     return {
         **answer,
         "port_given": given,
-        "leases": _leases(host, live),
-        "refusals": [row.as_dict() for row in _about(host, recorder)[-LAST:]],
+        "leases": leases,
+        "refusals": [row.as_dict() for row in rows[-LAST:]],
         "proposal": proposal,
         "file": str(settings.policy),
         "defaults": now.loaded.source == DEFAULTS,

@@ -28,12 +28,15 @@ from initd.core.suffixes import is_shared, is_top_level
 Entry = NameRule | RangeRule | Denial | FeedRule
 
 ONE_A_LINE = "write one entry a line"
+URL = "a URL, not a name; paths and schemes cannot be listed"
 OTHER_PROTOCOLS = ("dccp", "gre", "http", "https", "icmp", "quic", "sctp", "tls", "ws", "wss")
 """What people write for a protocol; a connection of these is TCP or UDP, or cannot be listed."""
 
 _PROTO = re.compile(rf"/(tcp|udp|{'|'.join(OTHER_PROTOCOLS)})\Z", re.IGNORECASE)
 _URL = re.compile(r"(?:[A-Za-z][A-Za-z0-9+.-]*:)?//(?:[^/@]*@)?(\[[^\]]*\]|[^/:?]*)(?::([0-9]+))?")
 _SERVICES = re.compile(r"[0-9,]*")
+_BROKEN_URL = re.compile(r"(?:ftp|git|https?|ssh|wss?)(?::/|/+)([^/:?]+)", re.IGNORECASE)
+_TWO_PROTOCOLS = re.compile(r"(?:tcp|udp)(?:[,/+].*)?", re.IGNORECASE)
 _PORT_RANGE = re.compile(r"[0-9]+-[0-9]+")
 _NOT_IPV6 = re.compile(r"[^0-9A-Fa-f:.%/]")
 
@@ -82,6 +85,8 @@ def _check_shape(text: str) -> None:
         raise FaultError(f"invisible character U+{ord(invisible):04X}", invisible, "delete the line and type it again")
     if "://" in text or text.startswith("//"):
         raise _url_fault(text)
+    if broken := _BROKEN_URL.match(text):  # https:/github.com, http//github.com
+        raise FaultError(URL, "", f"did you mean {broken[1]}?")
     words = text.removeprefix("!").split()
     if len(words) > 1:
         if words[0].endswith(",") and not _SERVICES.fullmatch(words[1]):
@@ -98,7 +103,7 @@ def _url_fault(text: str) -> FaultError:
     match = _URL.search(text)
     host, port = (match[1], match[2]) if match else ("", None)
     hint = f"did you mean {host}{f':{port}' if port else ''}?" if host else "write the name alone"
-    return FaultError("a URL, not a name; paths and schemes cannot be listed", "", hint)
+    return FaultError(URL, "", hint)
 
 
 def _denial(text: str, origin: Origin) -> Denial:
@@ -126,9 +131,9 @@ def _preset(text: str, origin: Origin) -> tuple[Entry, ...]:
     name = host.removeprefix("@").lower()
     preset = PRESETS.get(name)
     if preset is None:
-        close = get_close_matches(name, PRESETS, n=1, cutoff=0.5)
+        meant = TOOLS.get(name) or next(iter(get_close_matches(name, PRESETS, n=1, cutoff=0.7)), None)
         known = ", ".join(f"@{one}" for one in sorted(PRESETS))
-        hint = f"did you mean @{close[0]}?" if close else f"presets are {known}"
+        hint = f"did you mean @{meant}?" if meant else f"presets are {known}"
         raise FaultError(f"unknown preset {host!r}", host, hint)
     through = Origin(origin.line, origin.text, name)
     rules: list[Entry] = [_grant(entry, through) for entry in preset.entries]
@@ -220,8 +225,13 @@ def _split(text: str) -> Target:
     if proto in OTHER_PROTOCOLS:
         raise FaultError(f"{proto!r} cannot be listed", f"/{parts.proto}", "write /tcp or /udp, or nothing for tcp")
     if parts.ports is None:
-        raise FaultError(f"/{proto} without a port", f"/{parts.proto}", f"write the port too: {parts.host}:53/{proto}")
+        raise _port_missing(parts.host, parts.proto or proto)
     return Target(parts.host, frozenset(Service(proto, port) for port in _ports(parts)))
+
+
+def _port_missing(host: str, proto: str) -> FaultError:
+    port = 53 if proto.lower() == "udp" else 443
+    return FaultError(f"/{proto} without a port", f"/{proto}", f"write the port too: {host}:{port}/{proto.lower()}")
 
 
 def _take_apart(text: str) -> _Parts:
@@ -258,6 +268,8 @@ def _path_fault(host: str, ports: str) -> FaultError:
         return FaultError("the prefix length stands before the port", f"/{tail}", f"did you mean {host}/{tail}:{port}?")
     if "@" in host:
         return _user_fault(host)
+    if _TWO_PROTOCOLS.fullmatch(tail):
+        return FaultError("one protocol a line", f"/{tail}", f"write two lines: {host}:{port} and {host}:{port}/udp")
     return FaultError("a path cannot be listed, only a name", f"/{tail}", f"did you mean {host}:{port}?")
 
 
@@ -275,7 +287,7 @@ def _refuse_bare_ipv6(text: str, proto: str | None) -> None:
             raise FaultError(f"{text!r} is ambiguous: is {last} a port?", last, hint)
         raise FaultError("an IPv6 address with a port needs brackets", text, f"did you mean [{address}]:{last}?")
     if proto is not None and ranges.is_ipv6(text):
-        raise FaultError(f"/{proto} without a port", f"/{proto}", f"write the port too: [{text}]:53/{proto}")
+        raise _port_missing(f"[{text}]", proto)
 
 
 def _ports(parts: _Parts) -> list[int]:
@@ -295,8 +307,8 @@ def _port(text: str, host: str, at: int) -> int:
         return int(text)
     if number:
         raise FaultError(f"port {text[:12]} is not between 1 and 65535", at)
-    if "@" in host and not host.startswith("@"):
-        raise _user_fault(host)
+    if "@" in f"{host[1:]}{text}":
+        raise _user_fault(f"{host}:{text}" if "@" in text else host)
     if not text:
         raise FaultError("a port is missing beside a comma", at, f"write {host}:80,443")
     if _PORT_RANGE.fullmatch(text):
@@ -308,6 +320,17 @@ def _port(text: str, host: str, at: int) -> int:
     meant = f"did you mean {text}?" if host.lower() in SERVICE_PORTS else f"write a number, as in {host}:443"
     raise FaultError(f"{text[:40]!r} is not a port", at, meant)
 
+
+TOOLS = {
+    "apt": "debian",
+    "claude": "anthropic",
+    "git": "github",
+    "node": "npm",
+    "pip": "pypi",
+    "python": "pypi",
+    "yarn": "npm",
+}
+"""Tools that people write for presets; only for hints."""
 
 SERVICE_PORTS = {
     "domain": 53,

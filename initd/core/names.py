@@ -58,7 +58,8 @@ def _label(label: str, text: str) -> str:
         raise NameFaultError(f"label {label!r} begins or ends with a hyphen", label if label in text else text)
     wrong = next((character for character in label if not _LABEL.fullmatch(character) and character != "-"), None)
     if wrong is not None:
-        raise NameFaultError(f"{wrong!r} cannot be in a name", wrong if wrong in text else text)
+        hint = "write it without quotes" if wrong in "\"'`" else None
+        raise NameFaultError(f"{wrong!r} cannot be in a name", wrong if wrong in text else text, hint)
     return label
 
 

@@ -63,6 +63,8 @@ def parse_range(host: str) -> IPNetwork:
     address, slash, prefix = text.partition("/")
     if host.startswith("[") and ":" not in text:
         raise RangeFaultError("brackets are for IPv6 addresses", f"did you mean {text}?" if text else None)
+    if host.endswith("]") and not host.startswith("["):
+        raise RangeFaultError("']' without '['", f"did you mean [{text}]?")
     if "%" in text:
         raise RangeFaultError("a zone index has no meaning in a policy", f"did you mean {text.partition('%')[0]}?")
     if slash and not (prefix.isascii() and prefix.isdecimal() and len(prefix) <= 3):

@@ -16,12 +16,12 @@ def parse_span(text: str) -> int:
 
 
 def show_span(seconds: float) -> str:
-    """A span in its two largest units."""
+    """A span in its two largest units that are not 0."""
     left, words = int(seconds), []
     for size, unit in ((86400, "d"), (3600, "h"), (60, "m")):
         if left >= size:
             words.append(f"{left // size}{unit}")
             left %= size
-    if len(words) < 2:
+    if left or not words:
         words.append(f"{left}s")
     return " ".join(words[:2])

@@ -30,6 +30,8 @@ METADATA = frozenset(
 )  # fmt: skip
 """Cloud metadata services: their credentials are never what an agent should have."""
 
+DNS_PORT = 53
+
 _CARRIED = frozenset({"A", "AAAA"})
 
 
@@ -71,6 +73,9 @@ def propose(host: str, services: Iterable[Service], lookup: Lookup) -> Proposal:
         if address.is_multicast or address.is_unspecified or address.is_loopback:
             return Proposal(None, f"inside {special_of(address)}, where nobody to talk to can be")
         shown = f"[{host}]" if address.version == 6 else host
+        wanted, resolver = [one for one in wanted if one.port != DNS_PORT], wanted
+        if resolver and not wanted:
+            return Proposal(None, "another resolver, through which anything could leave; the box has one of its own")
         missing = [one for one in wanted if not lookup.decide_address(address, one)]
     if not missing:
         return Proposal(None, "it is listed by now")
@@ -119,6 +124,8 @@ def _proposal(subject: str, rows: list[Row], lookup: Lookup) -> Proposal:
     services = {Service(one.proto, one.port) for one in connections if one.port and one.proto in {"tcp", "udp"}}
     if connections and not services:
         return Proposal(None, "neither TCP nor UDP: no line can allow it")
+    if private := [row.event.address for row in rows if row.event.kind == "name" and row.event.reason == "special"]:
+        return Proposal(None, f"it resolves to {private[-1]}, in a special range; list that address if it is right")
     if not connections:
         asked = [row.event for row in rows if row.event.proto in _CARRIED]
         if not asked:

@@ -99,7 +99,7 @@ def chains(version: int, ruleset: Ruleset) -> Chains:
         *(_owned(0, proto=proto, port=53) for proto in ("udp", "tcp") if ruleset.engine_dns),
         *(_reject(4, destination=ENGINE_DNS) if version == 4 else ()),
         _loopback(version),
-        _no_riding(version),
+        *_no_riding(version, log=ruleset.log),
         *_going_on(version),
         Rule("ACCEPT", matches=(_in_set(version, "private"),)),
         *(_log("initd-special", matches=special) if ruleset.log else ()),
@@ -123,11 +123,10 @@ def _unlisted(version: int, ruleset: Ruleset) -> Iterator[Rule]:
     """Refuse the rest; audit mode lets it go, but to no resolver: names are asked of the guard, or none is recorded."""
     if ruleset.audit is not None:
         audited = (_in_set(version, "audit"),)
-        for proto in ("udp", "tcp"):
-            resolver = (proto, (("dport", ("53",)),))
-            if ruleset.log:
-                yield from _log(NFLOG_PREFIX, proto=proto, matches=(resolver,))
-            yield _reject(version, proto=proto, matches=(resolver,))[proto == "udp"]
+        resolver = (("tcp", (("dport", ("53",)),)),)  # over UDP `_no_riding` has refused it
+        if ruleset.log:
+            yield from _log(NFLOG_PREFIX, proto="tcp", matches=resolver)
+        yield _reject(version, proto="tcp", matches=resolver)[0]
         if ruleset.log:
             yield from _log("initd-audit", matches=audited)
         yield Rule("ACCEPT", matches=audited)
@@ -222,7 +221,7 @@ def _loopback(version: int) -> Rule:
     return Rule("ACCEPT", outside="lo", matches=ours if version == 4 else ())
 
 
-def _no_riding(version: int) -> Rule:
+def _no_riding(version: int, *, log: bool) -> Iterator[Rule]:
     """UDP to port 53 is judged packet by packet, as is the first packet of a connection (`_going_on`).
 
     Connection tracking knows a flow by its addresses and ports alone, also after its end: for 30 s after UDP's last
@@ -232,7 +231,9 @@ def _no_riding(version: int) -> Rule:
     listed = tuple(_in_set(version, kind, negated=True) for kind in ("private", "learned", "static"))
     prohibited = "icmp-admin-prohibited" if version == 4 else "icmp6-adm-prohibited"
     matches = (("udp", (("dport", ("53",)),)), *listed)
-    return Rule("REJECT", (("reject-with", (prohibited,)),), proto="udp", matches=matches)
+    if log:
+        yield from _log(NFLOG_PREFIX, proto="udp", matches=matches)
+    yield Rule("REJECT", (("reject-with", (prohibited,)),), proto="udp", matches=matches)
 
 
 def _in_set(version: int, kind: str, *, negated: bool = False) -> tuple[str, Options]:

@@ -83,14 +83,14 @@ def test_status_says_what_is_in_force(scene: tuple[Lab, Box]) -> None:
         ("203.0.113.10:25", 1, "refused"),
         ("203.0.113.20", 1, "refused: not listed"),
         ("169.254.169.254:80", 1, "refused: in the special range 169.254.0.0/16"),
-        ("https://site.example/", 78, ""),
+        ("https://site.example/", 64, ""),
     ],
 )
 def test_test_foretells_what_happens(scene: tuple[Lab, Box], target: str, code: int, words: str) -> None:
     done = scene[1].fwctl("test", target)
     assert done.returncode == code, done
     assert words in done.stdout
-    if code == 78:
+    if code == 64:
         assert "hint: for example github.com:443" in done.stderr
         return
     host, _, port = target.partition(":")
@@ -184,13 +184,27 @@ def test_when_the_keeper_is_gone_too_it_says_that_nobody_is_there(lab: Lab) -> N
     assert "no box is running here" in health.stdout
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize(
+    ("shell", "code", "words"),
+    [
+        ("{} check - >/dev/full", 71, "fwctl: No space left on device\n"),
+        ("{} check - >&-", 0, ""),
+        ("PYTHONIOENCODING=ascii {} check -", 0, ""),
+    ],
+)
+def test_wherever_stdout_goes_there_is_no_traceback(shell: str, code: int, words: str) -> None:
+    argv = ["sh", "-c", shell.format(product.FWCTL)]
+    done = subprocess.run(argv, capture_output=True, text=True, input="b\u00fccher.example\n", check=False)
+    assert (done.returncode, done.stderr) == (code, words)
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, "doctor"])
 def test_without_a_box(tmp_path: Path, name: str) -> None:
     environment = os.environ | {"INITD_RUN_DIR": str(tmp_path), "INITD_POLICY": str(tmp_path / "policy")}
     (tmp_path / "policy").write_text("github.com\n")
     codes = {"check": 0, "version": 0, "health": 1}
     for json_too in ((), ("--json",)):
-        argv = [str(product.FWCTL), *COMMANDS[name], *json_too]
+        argv = [str(product.FWCTL), *COMMANDS.get(name, (name,)), *json_too]
         done = subprocess.run(argv, capture_output=True, text=True, env=environment, check=False)
         assert done.returncode == codes.get(name, 69), done
         if json_too:

@@ -326,6 +326,10 @@ def test_a_removed_file_narrows_to_nothing_more_than_the_defaults(scene: tuple[L
     """No file means the defaults, at a reload as at a start."""
     _, box = scene
     (box.workspace / ".aidevcontainer" / "allowed-domains.txt").unlink()
-    reload(box)
-    assert box.status()["policy"]["source"] == "built-in defaults"
+    done = reload(box)
+    assert (
+        "there is no /workspace/.aidevcontainer/allowed-domains.txt: the built-in defaults are in force"
+        in done["warnings"]
+    )
+    assert box.status()["policy"]["source"] == done["policy"]["source"] == "built-in defaults"
     assert attempt(box, ("tcp", "203.0.113.10", 443)).error == "ECONNREFUSED"

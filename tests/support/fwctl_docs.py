@@ -16,14 +16,14 @@ on a file by itself. Run it in the box: `docker compose exec claude fwctl status
 `fwctl --help` and compared by a test.
 
 stdout is the answer, stderr is for errors, and while audit mode is on for a line that says so. Every command takes
-`--json` and then prints one JSON object; an error
-is `{"error": …, "hint": …, "code": …}`.
+`--json` and then prints one JSON object; an error is `{"error": …, "hint": …, "code": …}`, but of a command line that
+cannot be read stderr alone tells.
 
 | exit code | meaning |
 |---|---|
 | 0 | yes: done, valid, allowed, healthy, verified |
 | 1 | no: refused (`test`, `why`), unhealthy (`health`), not verified (`verify`), an entry that fails (`doctor`) |
-| 64 | wrong usage |
+| 64 | wrong usage: an option, a time or a target that cannot be read |
 | 69 | no box is running here, or its warden does not answer |
 | 70 | the kernel does not hold what was asked, or behaviour says so |
 | 71 | the kernel lacks or refuses something |

@@ -61,11 +61,14 @@ def test_what_has_no_name_of_its_own_is_untried_and_an_exception_wins():
 
 def test_shared_addresses_are_named():
     found = [doctor.Finding(f"{name}.example", 1, addresses=["104.16.0.1"]) for name in "abcde"]
-    doctor._compare(found)
+    doctor._compare(found, inside=True)
     assert found[0].notes == [
         "shares an address with b.example, c.example, d.example and 1 more",
         "served by Cloudflare: the same addresses serve other sites",
     ]
     private = doctor.Finding("x.example", 1, addresses=["10.0.0.1"])
-    doctor._compare([private])
+    doctor._compare([private], inside=False)
     assert "special range 10.0.0.0/8" in private.notes[0]
+    reached = doctor.Finding("x.example", 1, addresses=["10.0.0.1"])
+    doctor._compare([reached], inside=True)
+    assert reached.notes == []

@@ -7,7 +7,7 @@ import pytest
 from initd.core.membership import Membership
 from initd.core.policy import Service, parse
 from initd.core.ruleset import Element
-from initd.errors import ConfigError
+from initd.errors import UsageError
 from initd.explain import explain, parse_target
 from initd.report import test as as_text
 
@@ -35,6 +35,10 @@ HELD = Membership([Element(ip_network("10.20.0.0/16"), "tcp", 443), Element(ip_n
         ("203.0.113.7", True, "an address of a listed name or feed", []),
         ("203.0.113.8", False, "not listed", []),
         ("[2001:db8::1]:443", False, "not listed", []),
+        ("localhost:3000", True, "the box itself: loopback is open, and needs no line", []),
+        ("127.0.0.1:5432", True, "the box itself: loopback is open, and needs no line", []),
+        ("[::1]:8080/udp", True, "the box itself: loopback is open, and needs no line", []),
+        ("127.0.0.11:53", False, "in the special range 127.0.0.0/8, and not listed", []),
         ("169.254.169.254:80", False, "in the special range 169.254.0.0/16, and not listed", []),
     ],
 )
@@ -76,5 +80,5 @@ def test_what_is_not_a_target_says_so(text: str) -> None:
     if text == "a.b:":
         assert parse_target(text)[1] == Service("tcp", 443)
         return
-    with pytest.raises(ConfigError, match="port|HOST"):
+    with pytest.raises(UsageError, match="port|HOST"):
         parse_target(text)

@@ -9,7 +9,7 @@ import pytest
 
 from initd import inquiry, narrative
 from initd.core.spans import parse_span, show_span
-from initd.errors import ConfigError
+from initd.errors import ConfigError, UsageError
 
 NOW = datetime(2026, 3, 4, 12, 0, 0).astimezone().timestamp()
 
@@ -24,7 +24,7 @@ def test_moments(text, before):
 
 @pytest.mark.parametrize("text", ["", "5", "-3m", "yesterday", "25:00", "1h 30m", "9" * 30 + "h", "٣m"])
 def test_what_is_no_moment(text):
-    with pytest.raises(ConfigError):
+    with pytest.raises(UsageError):
         inquiry.moment(text, NOW)
 
 

@@ -29,7 +29,9 @@ class Log:
 
 
 ADDRESS = ip_address("203.0.113.7")
-LEASES = {ADDRESS: (Lease("a.example", ADDRESS, frozenset({Service("tcp", 443)}), 0.0),)}
+LEASE = Lease("a.example", ADDRESS, 0.0, literal=True)
+LEASE.services = frozenset({Service("tcp", 443)})
+LEASES = {ADDRESS: (LEASE,)}
 
 
 @pytest.fixture
@@ -56,6 +58,7 @@ def test_why_it_was_refused(made):
     made.packet(packet("203.0.113.9", prefix="initd-audit"))
     made.question(asked("evil.test"))
     made.question(asked("x.bad.test", Verdict.DENIED))
+    made.stripped("corp.test", (ip_address("10.9.8.7"), ip_address("fd00::7")))
     assert rows(made) == [
         ("203.0.113.9", "unlisted", False, 1),
         ("a.example", "port", False, 1),
@@ -63,6 +66,7 @@ def test_why_it_was_refused(made):
         ("203.0.113.9", "unlisted", True, 1),
         ("evil.test", "unlisted", False, 1),
         ("x.bad.test", "denied", False, 1),
+        ("corp.test", "special", False, 2),
     ]
     assert made.summary(0)["packets"] == 4
 

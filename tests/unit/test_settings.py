@@ -142,7 +142,7 @@ def test_all_problems_at_once_each_with_its_place(tmp_path):
         tmp_path,
         'dns_flor = 60\nbackend = "iptables"\ndns_grace = "soon"\nclaude_gid = 0\n[dns]\nfloor = 1\n',
         INITD_BACKENT="nftables",
-        INITD_XYZZY="1",
+        INITD_FOO="1",
         INITD_VERIFY="of",
         INITD_RUN_DIR="run",
         CLAUDE_UID="0",
@@ -150,11 +150,12 @@ def test_all_problems_at_once_each_with_its_place(tmp_path):
     file = tmp_path / "initd.toml"
     assert refused(environ) == [
         f"{file}: unknown key 'dns'",
+        "hint: docs/policy.md lists the settings",
         f"{file}: unknown key 'dns_flor'",
         "hint: did you mean dns_floor?",
         "INITD_BACKENT: unknown variable",
         "hint: did you mean INITD_BACKEND?",
-        "INITD_XYZZY: unknown variable",
+        "INITD_FOO: unknown variable",
         "hint: docs/policy.md lists the settings",
         "INITD_RUN_DIR: 'run' is not an absolute path",
         "CLAUDE_UID: 0 is root, and sessions must not be root",
