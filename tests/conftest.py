@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
+import shutil
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,9 +24,11 @@ if TYPE_CHECKING:
 
 _REQUIRE = ("all", "kernel", "engine")
 
+# Neither a deadline nor "too slow": both judge the machine.
+_PATIENT = hypothesis.settings(deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
 # In CI the same examples every time: a new counterexample is found by people, not by whoever pushes next.
-hypothesis.settings.register_profile("ci", derandomize=True, deadline=None)
-hypothesis.settings.register_profile("local", deadline=None)
+hypothesis.settings.register_profile("ci", _PATIENT, derandomize=True)
+hypothesis.settings.register_profile("local", _PATIENT)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 
@@ -41,6 +45,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def _missing(mark: str) -> str | None:
     """Why tests with this mark cannot run here, or None."""
     return labs.can_run() if mark == "kernel" else engine.missing()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_configure(config: pytest.Config) -> None:
+    """A temporary folder of our own: the one that sessions share is shut to other users by each that begins.
+
+    (TempPathFactory.getbasetemp.) Many processes under test are other users, and open files there at any time.
+    """
+    if config.option.basetemp is None:
+        config.option.basetemp = tempfile.mkdtemp(prefix="initd-tests-")
+        config.add_cleanup(functools.partial(shutil.rmtree, config.option.basetemp, ignore_errors=True))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -102,7 +117,7 @@ def no_leftovers(request: pytest.FixtureRequest) -> Iterator[None]:
         request.getfixturevalue("module_lab")
     before, things = _children(), set(namespaces.leftovers())
     yield
-    until = time.monotonic() + 1.0
+    until = time.monotonic() + 10.0
     while (left := _children() - before) and time.monotonic() < until:
         time.sleep(0.01)
     assert not left, f"processes left behind: {left}"

@@ -10,7 +10,8 @@ import time
 import pytest
 
 OTHER = "203.0.113.20"
-CURL = ("curl", "-sS", "--max-time", "4")
+CURL = ("curl", "-sS", "--max-time", "15")
+QUICK = 5.0  # seconds, the compose client's own among them; the box's grace is 8, then everybody is killed
 
 
 def stopped(project, *words):
@@ -30,7 +31,7 @@ def test_stop_is_quick_and_clean(make):
     project = make().up()
     seconds, code = stopped(project, "stop")
     assert code == 0
-    assert seconds < 2
+    assert seconds < QUICK
 
 
 def test_stop_with_sessions_at_work(make):
@@ -41,13 +42,13 @@ def test_stop_with_sessions_at_work(make):
     terminal.expect("said goodbye")
     terminal.close()
     assert code == 0
-    assert seconds < 2
+    assert seconds < QUICK
 
 
 def test_the_commands_own_code(make):
     project = make(override={"services": {"claude": {"command": ["sh", "-c", "id -u; exit 3"]}}})
     project.compose("up", "-d")
-    until = time.monotonic() + 20
+    until = time.monotonic() + 60
     while project.inspect()["State"]["Running"]:
         assert time.monotonic() < until
         time.sleep(0.1)
@@ -85,6 +86,9 @@ def test_restart_leaks_nothing(world, make, how):
     else:
         project.engine.docker("restart", project.container())
     project.up()
+    until = time.monotonic() + 60
+    while sum("ran" in one for one in list(ran)) <= 3 and time.monotonic() < until:
+        time.sleep(0.1)
     time.sleep(1)
     over.set()
     for thread in threads:
@@ -113,7 +117,7 @@ def test_under_the_engines_own_init(make):
     assert "docker-init" in project.output("cat", "/proc/1/comm") + project.output("cat", "/proc/1/cmdline")
     assert project.output("id", "-u") == "501\n"
     seconds, code = stopped(project, "stop")
-    assert (code, seconds < 2) == (0, True)
+    assert (code, seconds < QUICK) == (0, True)
 
 
 def test_nftables_in_the_image_too(make):
@@ -152,7 +156,7 @@ def test_exec_after_a_failed_start_says_why(make):
     project = make(policy="*.com\n")
     project.change(lambda service: service.update(restart="always"))
     project.compose("up", "-d")
-    until = time.monotonic() + 30
+    until = time.monotonic() + 120
     said = ""
     while "allowed-domains.txt:1" not in said:
         assert time.monotonic() < until, said

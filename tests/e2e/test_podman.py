@@ -13,7 +13,7 @@ from tests.support.podman import Podman
 from tests.support.remote import RESOLVER4
 
 OTHER = "203.0.113.20"
-CURL = ("curl", "-sS", "--max-time", "5")
+CURL = ("curl", "-sS", "--max-time", "15")
 DOC = Path(__file__).resolve().parents[2] / "docs" / "troubleshooting.md"
 
 
@@ -44,7 +44,7 @@ def box(request, world, archive):
         made.shell("mkdir .aidevcontainer && echo site.example > .aidevcontainer/allowed-domains.txt")
         started = made.shell(documented()[request.param])
         assert started.returncode == 0, started.stderr
-        until = time.monotonic() + 20
+        until = time.monotonic() + 60
         while made.exec("fwctl", "health").returncode:
             assert time.monotonic() < until, made.shell("podman logs claude").stderr
             time.sleep(0.2)
@@ -84,5 +84,5 @@ def test_reload_and_files(box):
 def test_stop_is_quick_and_clean(box):
     began = time.monotonic()
     assert box.shell("podman stop claude").returncode == 0
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 8  # after ten seconds the engine kills
     assert box.shell("podman inspect -f '{{.State.ExitCode}}' claude").stdout == "0\n"

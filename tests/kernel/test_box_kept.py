@@ -34,7 +34,7 @@ pytestmark = pytest.mark.kernel
 
 SITE = ("tcp", "site.example", 443)
 UNLISTED = ("tcp", "203.0.113.20", 443)
-PROMPT = 0.05  # seconds, median, until a signal has reached the command
+PROMPT = 0.05  # seconds, median, until a signal has reached the command, beyond what it takes in a quiet box
 
 HOG = """
 import sys
@@ -75,7 +75,7 @@ print(made)
 """
 
 
-def eventually(condition: Callable[[], object], what: str, seconds: float = 10.0) -> None:
+def eventually(condition: Callable[[], object], what: str, seconds: float = 30.0) -> None:
     until = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < until, f"not within {seconds} s: {what}"
@@ -103,7 +103,7 @@ def test_a_lost_keeper_is_said(box: Callable[..., Box]) -> None:
     assert one.status()["keeper"] is True
     assert health(one)[0]
     os.kill(one.pids()["keeper"], signal.SIGKILL)
-    eventually(lambda: not one.status()["keeper"], "the loss in the status", 2.0)
+    eventually(lambda: not one.status()["keeper"], "the loss in the status")
     assert any("keeper is gone" in text for text in one.status()["warnings"])
     healthy, checks = health(one)
     assert not healthy
@@ -154,7 +154,7 @@ def test_what_is_asked_while_there_is_no_warden_the_next_one_answers(box: Callab
     with one.popen([str(product.FWCTL), "status", "--json"], user="root") as asking:
         time.sleep(0.5)  # the question is in the socket of a warden that will not answer
         os.kill(pid, signal.SIGKILL)
-        out, _ = asking.communicate(timeout=20)
+        out, _ = asking.communicate(timeout=60)
     assert asking.returncode == 0
     assert json.loads(out)["generation"] == 2
     eventually(lambda: not Path(f"/proc/{one.pid}/root/run/initd/restarting").exists(), "the word taken back")
@@ -177,7 +177,12 @@ def test_the_warden_takes_all_descriptors_that_it_may(lab: Lab) -> None:
 
 
 def named(box: Box, comm: str) -> list[int]:
-    return [pid for pid in box.all_pids() if Path(f"/proc/{pid}/comm").read_text() == f"{comm}\n"]
+    found = []
+    for pid in box.all_pids():
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            if Path(f"/proc/{pid}/comm").read_text() == f"{comm}\n":
+                found.append(pid)
+    return found
 
 
 def score(pid: int, name: str) -> int:
@@ -286,6 +291,7 @@ def recording(lab: Lab) -> Box:
 
 @pytest.mark.slow
 def test_signals_are_prompt_during_a_reload_of_ten_thousand_names(recording: Box) -> None:
+    quiet = latencies(recording, 20, while_=lambda: True)
     recording.write_policy("site.example\n" + "".join(f"n{n:05}.many.example\n" for n in range(10_000)))
     argv = [str(product.FWCTL), "reload", "--json"]
     with recording.popen(argv, user="root", stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL) as reload:
@@ -293,20 +299,21 @@ def test_signals_are_prompt_during_a_reload_of_ten_thousand_names(recording: Box
         took = latencies(recording, 40, while_=lambda: reload.poll() is None)
         assert reload.wait(120) == 0
     assert len(took) >= 10, "the reload was over too soon to say anything"
-    assert statistics.median(took) < PROMPT
+    assert statistics.median(took) < statistics.median(quiet) + PROMPT
 
 
 @pytest.mark.slow
 def test_signals_are_prompt_during_a_dns_flood(recording: Box) -> None:
     before = recording.status()["guard"]["queries"]
+    quiet = latencies(recording, 20, while_=lambda: True)
     argv = [sys.executable, "-IS", "-c", FLOOD, "3"]
     with recording.popen(argv, stdin=subprocess.DEVNULL) as flood:
         assert flood.stdout is not None
         assert flood.stdout.readline() == b"flood\n"
         took = latencies(recording, 40, while_=lambda: flood.poll() is None)
-        flood.wait(30)
+        flood.wait(60)
     assert len(took) >= 10
-    assert statistics.median(took) < PROMPT
+    assert statistics.median(took) < statistics.median(quiet) + PROMPT
     assert recording.status()["guard"]["queries"] - before > 1000, "that was no flood"
 
 
@@ -327,10 +334,10 @@ def test_twenty_seconds_of_orphans_leave_pid1_as_it_was(box: Callable[..., Box])
         early = statistics.median(rss(one.pid) for _ in range(5) if not time.sleep(0.2))
         time.sleep(12)
         late = statistics.median(rss(one.pid) for _ in range(5) if not time.sleep(0.2))
-        out, _ = storm.communicate(timeout=30)
+        out, _ = storm.communicate(timeout=60)
     assert int(out) > 1000, "that was no storm"
     assert late - early <= 128
-    eventually(lambda: len(one.all_pids()) == 3, "init, keeper and warden alone", 2.0)
+    eventually(lambda: len(one.all_pids()) == 3, "init, keeper and warden alone")
     assert not children_dead(one.pid)
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.kernel
 
-ROUNDS = 5
+ROUNDS = 15
 LIMIT = 5.0  # ms
 ENGINE: tuple[Target, ...] = (
     ("tcp", engine_dns.ADDRESS, 53),

@@ -134,7 +134,7 @@ def test_50_reloads_lose_no_connection(scene: tuple[Lab, Box]) -> None:
             assert report["added_total"] + report["removed_total"] == 3
             assert report["closed"] == []
         assert talk.poll() is None
-    told = json.loads(load.communicate(timeout=20)[0].splitlines()[-1])
+    told = json.loads(load.communicate(timeout=60)[0].splitlines()[-1])
     assert told["errors"] == {}
     assert told["done"] > 300
 
@@ -147,7 +147,7 @@ def test_that_client_notices_a_loss(scene: tuple[Lab, Box]) -> None:
     assert load.stdout.readline() == b"on\n"
     reload(box, "v4.example\n")
     reload(box, holding.POLICY)
-    told = json.loads(load.communicate(timeout=20)[0].splitlines()[-1])
+    told = json.loads(load.communicate(timeout=60)[0].splitlines()[-1])
     assert told["errors"]
 
 
@@ -155,13 +155,13 @@ def test_what_is_removed_ends_and_is_named(scene: tuple[Lab, Box]) -> None:
     _, box = scene
     reload(box, f"{holding.POLICY}other.example\n192.0.2.9:22\n")
     with talking(box, "other.example") as one, talking(box, "192.0.2.9") as two, talking(box, "site.example") as kept:
-        begin = time.monotonic()
         report = reload(box, holding.POLICY)
+        reloaded = time.monotonic()
         for talk in (one, two):
             assert talk.stdout is not None
             ending = json.loads(talk.stdout.readline())
             assert ending["error"]
-            assert ending["at"] - begin < 1.0
+            assert ending["at"] - reloaded < 1.0
         assert kept.poll() is None
     assert report["closed_total"] == 2
     text = "\n".join(report["closed"])
@@ -235,7 +235,7 @@ def test_500_bad_reloads_leave_no_trace(scene: tuple[Lab, Box]) -> None:
     box.exec(python(RELOADS, control, "50"), user="root")  # what is allocated once
     rules, warden = holding.rules(lab), box.pids()["warden"]
     before = memory_of(warden)
-    done = box.exec(python(RELOADS, control, "500"), user="root", timeout=90)
+    done = box.exec(python(RELOADS, control, "500"), user="root", timeout=180)
     assert json.loads(done.stdout) == {"78": 500}, done.stderr
     assert box.pids()["warden"] == warden
     assert memory_of(warden) - before < 1024, "KiB"
@@ -248,7 +248,7 @@ def test_concurrent_reloads_queue(scene: tuple[Lab, Box]) -> None:
     box.write_policy(f"{holding.POLICY}other.example\n")
     many = [box.popen(python(RELOADS, f"{RUN}/control.sock", "5"), user="root") for _ in range(6)]
     for one in many:
-        out, err = one.communicate(timeout=30)
+        out, err = one.communicate(timeout=90)
         assert json.loads(out) == {"ok": 5}, err
     assert attempt(box, ("tcp", "other.example", 443)).error is None
     assert box.fwctl("health").returncode == 0
@@ -302,14 +302,18 @@ def test_a_policy_that_takes_long_to_read_keeps_nobody_waiting(lab: Lab) -> None
     box = lab.box(policy="site.example\n", policy_writable=True)
     box.start()
     box.write_policy("@githuX\n" * 20_000)
-    many = [box.popen(python(RELOADS, f"{RUN}/control.sock", "1")) for _ in range(6)]
-    time.sleep(0.3)
     begin = time.monotonic()
     assert box.status()["generation"] == 1
-    assert time.monotonic() - begin < 2.0
+    quiet, begin = time.monotonic() - begin, time.monotonic()
+    many = [box.popen(python(RELOADS, f"{RUN}/control.sock", "1")) for _ in range(6)]
+    time.sleep(0.3)
+    asked = time.monotonic()
+    assert box.status()["generation"] == 1
+    waited = time.monotonic() - asked
     assert any(one.poll() is None for one in many), "the control: they are being read"
     for one in many:
-        assert json.loads(one.communicate(timeout=30)[0]) == {"78": 1}
+        assert json.loads(one.communicate(timeout=90)[0]) == {"78": 1}
+    assert waited < quiet + (time.monotonic() - begin) / 2, "not until they were read"
 
 
 def test_a_session_may_reload_what_only_others_can_write(scene: tuple[Lab, Box]) -> None:

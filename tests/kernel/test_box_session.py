@@ -213,7 +213,7 @@ def test_a_session_cannot_lock_the_operator_out(scene: Scene) -> None:
         begin = time.monotonic()
         done = scene.box.fwctl("status", user="root")
         assert done.returncode == 0, done.stderr
-        assert time.monotonic() - begin < 3.0
+        assert time.monotonic() - begin < 8.0  # idle connections are let go after ten seconds
     finally:
         holder.communicate()
 
@@ -238,7 +238,7 @@ def test_source_port_53_makes_no_warden(scene: Scene) -> None:
 def test_2000_orphans_leave_no_zombie(scene: Scene) -> None:
     done = scene.box.exec(client("orphans", "2000"), timeout=60)
     assert done.returncode == 0, done.stderr
-    until = time.monotonic() + 5.0
+    until = time.monotonic() + 30.0
     while (left := zombies(scene.box)) and time.monotonic() < until:
         time.sleep(0.02)
     assert left == []
@@ -246,9 +246,9 @@ def test_2000_orphans_leave_no_zombie(scene: Scene) -> None:
 
 def test_a_zombie_would_be_seen(scene: Scene) -> None:
     """Negative control of the count."""
-    parent = scene.box.popen(["bash", "-c", "sleep 0.05 & exec sleep 5"])
+    parent = scene.box.popen(["bash", "-c", "sleep 0.05 & exec sleep 60"])
     try:
-        until = time.monotonic() + 3.0
+        until = time.monotonic() + 30.0
         while not (found := zombies(scene.box)) and time.monotonic() < until:
             time.sleep(0.01)
         assert found

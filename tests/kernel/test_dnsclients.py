@@ -149,11 +149,14 @@ class TestClient:
             assert found == EXPECTED[name]
 
     def test_it_fails_at_once_for_what_is_not(self, box, client):
-        module = [resolved(box, client, "evil.example") for _ in range(3)]
-        assert all(code != 0 and not found for code, found, _ in module)
-        fastest = min(seconds for _, _, seconds in module)
         # getent cannot tell how long it took by itself: starting it in the box is in the figure.
-        assert fastest < (0.2 if client.startswith("getent") else 0.02), module
+        limit = 0.2 if client.startswith("getent") else 0.02
+        took = []
+        while not took or (min(took) >= limit and len(took) < 10):  # other processes share these two cores
+            code, found, seconds = resolved(box, client, "evil.example")
+            assert (code != 0, found) == (True, set())
+            took.append(seconds)
+        assert min(took) < limit, took
 
     def test_a_search_domain_makes_no_difference(self, box, client):
         code, found, _ = resolved(box, client, "site")

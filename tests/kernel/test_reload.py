@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import socket
 import time
 from ipaddress import ip_address
@@ -21,25 +22,32 @@ pytestmark = pytest.mark.kernel
 OTHER = Ruleset(WARDEN, static=frozenset({element(LISTED4), element("192.0.2.0/24"), element(LISTED6)}))
 
 
-def client(seconds: float, pace: float = 0.005):
-    """(opened, failed): a connection each `pace` seconds to addresses that stay listed, in a process of its own."""
+ENOUGH = 400  # connections
+
+
+def client(pace: float = 0.005):
+    """A process that opens a connection each `pace` seconds to addresses that stay listed, `ENOUGH` at least.
+
+    Two descriptors: closing the first ends it; then it writes (opened, failed) to the second.
+    """
+    over, ours = os.pipe()
     read, write = os.pipe()
     if os.fork() == 0:
+        os.close(ours)
         opened = failed = 0
-        end = time.monotonic() + seconds
-        target = 0
-        while (now := time.monotonic()) < end:
-            target += 1
+        until = time.monotonic() + 60
+        while (opened <= ENOUGH or not select.select([over], [], [], 0)[0]) and (now := time.monotonic()) < until:
             try:
-                socket.create_connection(((LISTED4, LISTED6)[target % 2], 443), 2).close()
+                socket.create_connection(((LISTED4, LISTED6)[(opened + failed) % 2], 443), 5).close()
                 opened += 1
             except OSError:
                 failed += 1
             time.sleep(max(0.0, pace - (time.monotonic() - now)))
         os.write(write, f"{opened} {failed}".encode())
         os._exit(0)
+    os.close(over)
     os.close(write)
-    return read
+    return ours, read
 
 
 def reloads(backend, between):
@@ -47,34 +55,35 @@ def reloads(backend, between):
     made = armed(backend)
     made.learn([(element(LEARNED4), 600)])
     enforcer = Enforcer(made)
-    read = client(4.0)
+    ours, read = client()
     time.sleep(0.1)
     for number in range(50):
         between(made)
         enforcer.enforce((OTHER, RULESET)[number % 2])
         time.sleep(0.03)
+    os.close(ours)
     opened, failed = map(int, os.read(read, 64).split())
     return opened, failed, tries([("tcp", LEARNED4)])[0].outcome
 
 
 @pytest.mark.slow
 def test_fifty_reloads_lose_no_connection(backend, wire):
-    opened, failed, learned = wire.do(reloads, backend, lambda made: None, seconds=60)
+    opened, failed, learned = wire.do(reloads, backend, lambda made: None)
     assert failed == 0
-    assert opened > 400
+    assert opened > ENOUGH
     assert learned == "open"
 
 
 @pytest.mark.slow
 def test_a_reload_that_closed_first_would_lose_some(backend, wire):
     """Negative control of the test above."""
-    _, failed, _ = wire.do(reloads, backend, lambda made: made.lockdown(WARDEN), seconds=60)
+    _, failed, _ = wire.do(reloads, backend, lambda made: made.lockdown(WARDEN))
     assert failed > 0
 
 
 def hold(address: str) -> socket.socket:
     """A connection on which the far side keeps sending."""
-    sock = socket.create_connection((address, 443), 2)
+    sock = socket.create_connection((address, 443), 10)
     sock.sendall(b"hold")
     assert sock.recv(16)
     return sock
@@ -103,12 +112,12 @@ def test_a_revoked_connection_ends_at_once(backend, wire, address):
         Enforcer(backend()).enforce(without)
         alive = until_end(held, 0.3)
         cut = conntrack.cut_where(lambda flow: flow.destination == ip_address(address))
-        return alive, until_end(held, 1.0), until_end(kept, 0.3), cut, attempt("tcp", address)
+        return alive, until_end(held, 5.0), until_end(kept, 0.3), cut, attempt("tcp", address)
 
     alive, ended, kept, cut, again = wire.do(body)
     assert alive is None, "negative control: a rule that went does not end what is established"
     assert ended is not None
-    assert ended < 100
+    assert ended < 900  # 0.1 ms on an idle machine; by itself it would wait for ever
     assert kept is None, "the connection to the neighbour goes on"
     assert [(str(flow.destination), flow.dport, flow.proto) for flow in cut.flows] == [(address, 443, "tcp")]
     assert cut.sockets == 1
@@ -130,7 +139,7 @@ def test_cut_without_socket_destruction_refuses_the_next_packet(backend, wire, m
         cut = conntrack.cut_where(lambda flow: flow.dport == 443)
         with contextlib.suppress(OSError):
             held.send(b"more")
-        return cut, until_end(held, 2.0)
+        return cut, until_end(held, 10.0)
 
     cut, ended = wire.do(body)
     assert (cut.destroys, cut.sockets, len(cut.flows)) == (False, 0, 1)
@@ -148,7 +157,7 @@ def test_udp_flows_are_cut_and_destinations_seen(backend, wire):
         used = conntrack.destinations()
         Enforcer(made).enforce(Ruleset(WARDEN))
         sock.send(b"two")
-        sock.settimeout(1)
+        sock.settimeout(10)
         still = sock.recv(16)
         conntrack.cut_where(lambda flow: True)
         try:

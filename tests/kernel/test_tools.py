@@ -37,7 +37,13 @@ class Scene:
 @pytest.fixture(scope="module")
 def scene(module_lab: Lab) -> Iterator[Scene]:
     box = tools.start(module_lab)
-    yield Scene(module_lab, box, tools.run_all(box))
+    told = tools.run_all(box)
+    for tool in TOOLS:
+        for case in tools.URLS:
+            # Once more and alone: what a busy machine made slow is faster then, what waits for an answer is not.
+            if told[tool.name, case].seconds >= LIMIT:
+                told[tool.name, case] = tools.run(box, tool, tool.line(case))
+    yield Scene(module_lab, box, told)
     box.close()
 
 
@@ -57,6 +63,8 @@ def test_it_is_refused_at_once_and_says_why(scene: Scene, tool: Tool, case: str)
 def test_an_unlisted_address_is_refused_in_the_words_of_an_unlisted_port(scene: Scene, tool: Tool) -> None:
     line = tool.line("unknown").replace(tools.URLS["unknown"], f"https://{ADDRESSES[0]}")
     told = tools.run(scene.box, tool, line)
+    if told.seconds >= LIMIT:
+        told = tools.run(scene.box, tool, line)
     assert told.code == scene.told[tool.name, "refused"].code
     assert told.seconds < LIMIT, told
     assert tool.refused in told.text
@@ -106,7 +114,7 @@ def test_nothing_of_it_left_the_box(scene: Scene) -> None:
 @pytest.fixture(scope="module")
 def let_through(scene: Scene) -> Mapping[tuple[str, str], Told]:
     """The same commands, when the policy has the lines that `fwctl suggest` proposes."""
-    until = time.monotonic() + 5.0
+    until = time.monotonic() + 30.0
     while not {"other.example:443", "site.example:4443"} <= set(lines := suggested(scene.box)):
         assert time.monotonic() < until, lines
         time.sleep(0.1)

@@ -253,7 +253,7 @@ def test_a_lifetime_of_nothing_is_not_for_ever(wire):
         return first, made.learned()
 
     first, later = wire.do(body)
-    assert first[element(LEARNED4)] <= 1
+    assert first.get(element(LEARNED4), 0) <= 1  # a busy machine may not have looked before it was over
     assert list(later) == [element(LEARNED4, 80)]
 
 

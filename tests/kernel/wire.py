@@ -76,10 +76,10 @@ def as_user(uid: int):
         os.seteuid(0)
 
 
-def attempt(kind: str, address: str, port: int = 443, *, uid: int = SESSION, timeout: float = 1.0) -> Attempt:
-    """`kind` is tcp, udp or icmp. The best of up to three refusals: other processes share these two cores."""
+def attempt(kind: str, address: str, port: int = 443, *, uid: int = SESSION, timeout: float = 5.0) -> Attempt:
+    """`kind` is tcp, udp or icmp. The best of up to ten refusals: other processes share these two cores."""
     tries = [_attempt(kind, address, port, uid, timeout)]
-    while len(tries) < 3 and tries[-1].outcome in REFUSED and not tries[-1].refused_at_once:
+    while len(tries) < 10 and tries[-1].outcome in REFUSED and not tries[-1].refused_at_once:
         tries.append(_attempt(kind, address, port, uid, timeout))
     return min(tries, key=lambda one: one.ms)
 
@@ -189,12 +189,19 @@ class Wire:
         with os.fdopen(ready, "rb") as pipe:
             assert pipe.read(1) == b"!", "the far side did not start"
 
+    def arriving(self) -> list[tuple[str, int]]:
+        """What has arrived as soon as there is something, or nothing after five seconds."""
+        until = time.monotonic() + 5
+        while not (seen := self.arrived()) and time.monotonic() < until:
+            time.sleep(0.01)
+        return seen
+
     def arrived(self) -> list[tuple[str, int]]:
         """(destination, IP protocol) of every packet that came over the cable since the last call; no discovery."""
         self._commands.send(b"?")
         return pickle.loads(self._commands.recv(1 << 20))
 
-    def do(self, function, *arguments, seconds: float = 30.0):
+    def do(self, function, *arguments, seconds: float = 120.0):
         """What `function` returns in a child inside the box; its failure is raised here, with its traceback."""
         read, write = os.pipe()
         child = os.fork()

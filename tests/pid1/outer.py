@@ -29,8 +29,11 @@ def installed() -> list[str]:
     return [name for name in INITS if name == "initd" or shutil.which(name)]
 
 
-def eventually(condition, *, seconds=5.0, step=0.005):
-    """The first true value of `condition()` within `seconds`, else its last value."""
+def eventually(condition, *, seconds=20.0, step=0.005):
+    """The first true value of `condition()` within `seconds`, else its last value.
+
+    20 s are no claim about anything: whoever claims one says how many seconds it is.
+    """
     deadline = time.monotonic() + seconds
     while not (value := condition()) and time.monotonic() < deadline:
         time.sleep(step)
@@ -90,9 +93,10 @@ class Outer:
         self.process = subprocess.Popen(
             outer, env=self.environ, stderr=self.stderr_path.open("wb"), cwd="/", **options_
         )
-        self.pid = eventually(lambda: children(self.process.pid), seconds=20)[0]
+        self.pid = eventually(lambda: children(self.process.pid))[0]
         if wait and self.init == "initd":
-            assert eventually(self.is_ready, seconds=20), self.stderr
+            assert eventually(self.is_ready), self.stderr
+            assert '"init.ready"' in self.stderr, f"it ended with {self.process.poll()}: {self.stderr}"
         elif wait:
             assert eventually(lambda: children(self.pid)), self.stderr
             time.sleep(0.3)  # they do not say when they are ready
@@ -109,7 +113,7 @@ class Outer:
         eventually(path.exists)
         return json.loads(eventually(path.read_text))
 
-    def ask(self, text: bytes, seconds=5.0) -> bytes:
+    def ask(self, text: bytes, seconds=20.0) -> bytes:
         """One request to the test warden through the control socket."""
         with socket.socket(socket.AF_UNIX) as client:
             client.settimeout(seconds)

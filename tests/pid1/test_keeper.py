@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -139,7 +140,7 @@ def test_killed_warden_is_back_and_no_connection_is_lost(box):
     os.kill(warden_pid(one), signal.SIGKILL)
     began = time.monotonic()
     assert one.ask(b"generation") == b"2"  # connected while nobody listened, answered by the next
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 5  # 0.2 s on an idle machine; the keeper notices a silent one after 20 s
     assert one.warden(2)["fds"] == one.warden(1)["fds"]
 
 
@@ -158,12 +159,13 @@ def test_without_a_keeper_a_killed_warden_is_not_back(box):
 
 def waiting(one):
     """What is told to whoever asks while there is no warden; "" when there is one."""
-    path = one.run_dir / "restarting"
-    return path.read_text() if path.exists() else ""
+    with contextlib.suppress(FileNotFoundError):
+        return (one.run_dir / "restarting").read_text()
+    return ""
 
 
 def test_who_waits_for_a_warden_is_told_why_until_there_is_one(box):
-    one = box(mode="good").start()
+    one = box(mode="slow 1").start()  # a good one is back in 0.2 s, which a busy machine may not let us see
     assert one.warden(1)["ended"] == ""
     assert waiting(one) == ""
     os.kill(warden_pid(one), signal.SIGKILL)
@@ -175,7 +177,7 @@ def test_who_waits_for_a_warden_is_told_why_until_there_is_one(box):
 
 def test_crash_loop_backs_off_and_says_so(box):
     one = box(mode="crash").start()
-    assert eventually(lambda: len(one.events("warden.ended")) >= 5, seconds=8)
+    assert eventually(lambda: len(one.events("warden.ended")) >= 5, seconds=60)
     assert [event["restart_in"] for event in one.events("warden.ended")[:5]] == [0.1, 0.2, 0.4, 0.8, 1.6]
     starts = [one.warden(generation)["time"] for generation in range(1, 6)]
     gaps = [later - earlier for earlier, later in itertools.pairwise(starts)]
@@ -194,8 +196,8 @@ def test_crash_loop_backs_off_and_says_so(box):
 def test_silent_warden_is_replaced(box):
     one = box(mode="hang").start()
     first = one.warden(1)["time"]
-    assert eventually((one.run_dir / "warden.2").exists, seconds=31)
-    assert 25.5 < one.warden(2)["time"] - first < 29
+    assert eventually((one.run_dir / "warden.2").exists, seconds=60)
+    assert 25.5 < one.warden(2)["time"] - first < 40
     assert len(one.events("warden.silent")) == 1
 
 
@@ -216,7 +218,7 @@ def test_a_warden_that_was_frozen_with_the_whole_box_is_not_replaced(box):
 
 
 def test_stopped_keeper_state_is_published(box):
-    one = box(mode="slow 0.5")
+    one = box(mode="slow 2")
     one.run_dir.mkdir(mode=0o755)
     (one.run_dir / "ready").write_text("stale")
     one.start(wait=False)
@@ -241,7 +243,7 @@ def test_lost_keeper_takes_nothing_with_it(box):
     one.kill()
     began = time.monotonic()
     assert one.wait() == 0
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 8, "well before the grace of 10 s is over"
 
 
 def test_warden_is_stopped_last(box):
@@ -251,7 +253,8 @@ def test_warden_is_stopped_last(box):
     assert eventually((one.folder / "there").exists)
     one.kill()
     assert one.wait() == 143
-    assert (one.run_dir / "goodbye").stat().st_mtime_ns > (one.folder / "slow").stat().st_mtime_ns
+    # Within one tick of the kernel's clock both have the same time; stopped first it would be 0.4 s before.
+    assert (one.run_dir / "goodbye").stat().st_mtime_ns >= (one.folder / "slow").stat().st_mtime_ns
 
 
 def test_term_before_armed_ends_at_once(box):
@@ -260,7 +263,7 @@ def test_term_before_armed_ends_at_once(box):
     one.kill()
     began = time.monotonic()
     assert one.wait() == 0
-    assert time.monotonic() - began < 2.5
+    assert time.monotonic() - began < 8  # the warden that is deaf here has 1.5 s; the grace is 10 s
 
 
 def plan(**fields):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import statistics
@@ -84,22 +85,26 @@ def test_a_flood_from_inside_does_not_swallow_the_engines_stop(box):
     time.sleep(0.5)
     began = time.monotonic()
     one.kill()
-    assert one.wait(10) == 0
-    assert time.monotonic() - began < 3
+    assert one.wait() == 0
+    assert time.monotonic() - began < 8, "well before the grace of 10 s is over"
 
 
 def test_forwarding_is_fast(box):
+    """Beside signals straight to the command: what a busy machine makes late is late for both."""
     one = box().start(*RECORDER)
     assert eventually((one.folder / "recording").exists)
+    (command,) = set(children(one.pid)) - {one.named("initd-keeper")}
     path, took = one.folder / "signals", []
-    for count in range(50):
+    for count in range(100):
         began = time.perf_counter()
-        one.kill(signal.SIGUSR1)
+        os.kill((one.pid, command)[count % 2], signal.SIGUSR1)
         while path.stat().st_size < 3 * (count + 1):
-            assert time.perf_counter() - began < 1
+            assert time.perf_counter() - began < 5
+            time.sleep(0.0001)
         took.append(time.perf_counter() - began)
-    assert statistics.median(took) < 0.01
-    assert sorted(took)[-3] < 0.05  # two cores are shared with other tests
+    forwarded, straight = sorted(took[::2]), sorted(took[1::2])
+    assert statistics.median(forwarded) < 2 * statistics.median(straight) + 0.01  # it takes two processes, not one
+    assert forwarded[-3] < 2 * straight[-3] + 0.05
 
 
 BLOCKED = ["env", "--block-signal"]
@@ -114,7 +119,7 @@ def test_an_early_term_is_honoured(box, delay):
         assert eventually(lambda one=one: int(status(one.pid)["SigBlk"], 16) >> 14 & 1, step=0.0005)
         time.sleep(delay / 1000)
         one.kill()
-        assert one.wait(5) == 143
+        assert one.wait() == 143
 
 
 def test_the_launcher_leaves_no_signal_blocked(box):
@@ -165,7 +170,7 @@ def test_group_option_signals_the_whole_group(box):
         )
         assert eventually((one.folder / "up").exists)
         one.kill(signal.SIGUSR1)
-        assert eventually((one.folder / "child").exists, seconds=1) == expected
+        assert eventually((one.folder / "child").exists, seconds=20 if expected else 1) == expected
 
 
 def test_parent_death_signal(box):
@@ -173,8 +178,14 @@ def test_parent_death_signal(box):
     parent = ["sh", "-c", '"$@" & echo $! > $OUT/pid; wait', "sh"]
     one = box(below=["sh", "-c", '"$@"; sleep 100', "sh", *parent])
     one.start(options=["-p", "TERM"], wait=False)
-    assert eventually(lambda: one.events("init.ready"), seconds=10)
+    assert eventually(lambda: one.events("init.ready"))
     middle = children(one.pid)[0]
     init = children(middle)[0]
     os.kill(middle, signal.SIGKILL)
-    assert eventually(lambda: not os.path.exists(f"/proc/{init}") or status(init)["State"].startswith("Z"), seconds=5)
+
+    def ended():
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            return status(init)["State"].startswith("Z")
+        return True
+
+    assert eventually(ended)

@@ -70,7 +70,7 @@ def test_a_box_without_dns_is_noticed(lab: Lab) -> None:
     def break_it(lab: Lab) -> None:
         lab.dns.remove(world.PORTS, *world.POOL)
 
-    soak = Soak(Plan(seconds=16, seed=1, meddle=break_it), lab, say=print)
+    soak = Soak(Plan(seconds=24, seed=1, meddle=break_it), lab, say=print)
     soak.run()
     assert soak.problems["false refusal"]
     assert not soak.problems["leak"]
@@ -85,7 +85,7 @@ def test_interrupted_it_judges_what_was_run() -> None:
             if "sessions" in line:
                 os.killpg(soak.pid, signal.SIGINT)  # as a terminal does: everybody gets it
                 break
-        rest, _ = soak.communicate(timeout=60)
+        rest, _ = soak.communicate(timeout=240)
     assert "(interrupted)" in rest
     assert "Traceback" not in rest
     assert soak.returncode == 130, rest

@@ -40,6 +40,7 @@ POLICY_NAME, SETTINGS_NAME = "allowed-domains.txt", "initd.toml"
 _LAUNCHER, _CLIENT = (Path(__file__).with_name(name) for name in ("boxroot.py", "client.py"))
 _POLL = 0.002  # seconds
 _GRACE = 15.0  # seconds that a stop may take before it counts as failed; an engine gives 10
+_PATIENCE = 60.0  # seconds for a command that takes one on an idle machine
 
 
 @dataclass(slots=True, kw_only=True)
@@ -160,7 +161,7 @@ class Box:
 
     # Life
 
-    def start(self, *, wait: bool = True, timeout: float = 20.0) -> float:
+    def start(self, *, wait: bool = True, timeout: float = 60.0) -> float:
         """Start PID 1; with `wait` until it is ready. Seconds from exec of PID 1 to ready, or 0.0 without waiting."""
         if self.running:
             raise LabError("the box runs already")
@@ -237,7 +238,7 @@ class Box:
         """Whether the product has written its `ready` file."""
         return self.pid != 0 and Path(f"/proc/{self.pid}/root{RUN}/ready").exists()
 
-    def wait_ready(self, timeout: float = 20.0) -> float:
+    def wait_ready(self, timeout: float = 60.0) -> float:
         """Seconds from exec of PID 1 to ready; raises BoxError, log included, if it ends or takes too long."""
         until = time.monotonic() + timeout
         while not self.ready:
@@ -315,7 +316,12 @@ class Box:
         return [*enter, *drop, *argv]
 
     def exec(
-        self, argv: Sequence[str], *, user: str | tuple[int, int] = "session", timeout: float = 30.0, text: str = ""
+        self,
+        argv: Sequence[str],
+        *,
+        user: str | tuple[int, int] = "session",
+        timeout: float = _PATIENCE,
+        text: str = "",
     ) -> subprocess.CompletedProcess[str]:
         """Run a command in the box to its end. `user`: "session", "root" or (uid, gid); `text` goes to its input."""
         environment = self._session_environment(user)
@@ -343,7 +349,9 @@ class Box:
         home = {"HOME": "/root" if user == "root" else HOME, "USER": "root" if user == "root" else SESSION_USER}
         return self.environment() | home
 
-    def fwctl(self, *arguments: str, user: str = "root", timeout: float = 30.0) -> subprocess.CompletedProcess[str]:
+    def fwctl(
+        self, *arguments: str, user: str = "root", timeout: float = _PATIENCE
+    ) -> subprocess.CompletedProcess[str]:
         """Run `fwctl` in the box."""
         return self.exec([str(product.FWCTL), *arguments], user=user, timeout=timeout)
 
@@ -388,13 +396,16 @@ class Box:
 
     def pids(self) -> dict[str, int]:
         """Host PIDs of the product's processes: init, keeper, warden, probe, as far as they exist."""
-        found = {"init": self.pid}
+        roles: dict[int, str] = {}
+        parents: dict[int, int] = {}
         for pid in self.all_pids():
             try:
                 words = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").split("\0")
+                parents[pid] = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
             except OSError:
                 continue
             for role in ("keeper", "warden", "probe"):
                 if role in words and words[words.index(role) - 1].endswith("initd"):
-                    found[role] = pid
-        return found
+                    roles[pid] = role
+        # What a keeper has forked and is not a warden yet still has its words.
+        return {"init": self.pid} | {role: pid for pid, role in roles.items() if roles.get(parents[pid]) != role}

@@ -43,7 +43,7 @@ ORPHANS = 2000
 SLOW_DNS = 0.5  # seconds that the first answers take, so that there is time to try a box that starts
 FAST = 250.0  # ms; a refusal that takes longer is a time-out
 _MARGIN = " " * len("  0.00 s  ok  ")
-_PATIENCE = 10.0  # seconds for anything that has to happen
+_PATIENCE = 30.0  # seconds for anything that has to happen
 
 
 class StepError(Exception):

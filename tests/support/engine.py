@@ -45,7 +45,7 @@ class EngineError(Exception):
 
 def run(*argv: str | Path, check: bool = True, **more: object) -> subprocess.CompletedProcess[str]:
     """Run a command with its output captured as text; a failure carries that output."""
-    options = {"capture_output": True, "text": True, "timeout": 900, **more}
+    options = {"capture_output": True, "text": True, "timeout": 1800, **more}
     done = subprocess.run([str(word) for word in argv], check=False, **options)  # type: ignore[call-overload]
     if check and done.returncode:
         tail = f"{done.stdout or ''}{done.stderr or ''}"[-4000:]
@@ -239,7 +239,7 @@ class Engine:
         (self.running / "docker.pid").unlink(missing_ok=True)
         with (self.running / "dockerd.log").open("ab") as log:
             self.daemon = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 180
         while self.docker("version", check=False).returncode:
             if self.daemon.poll() is not None or time.monotonic() > deadline:
                 raise EngineError(f"dockerd did not start\n{self.log()}")
@@ -252,7 +252,8 @@ class Engine:
         if self.daemon.poll() is None:
             children = Path(f"/proc/{self.daemon.pid}/task/{self.daemon.pid}/children")
             for child in children.read_text().split():
-                os.kill(int(child), how)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(child), how)
             try:
                 self.daemon.wait(30)
             except subprocess.TimeoutExpired:

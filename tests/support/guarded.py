@@ -73,6 +73,20 @@ class Log:
         return [fields for event, fields in self.events if event == name]
 
 
+def paired() -> tuple[socket.socket, socket.socket]:
+    """A listening TCP socket and a UDP socket on one port of 127.0.0.1 that nobody has of either kind."""
+    while True:
+        listener = socket.create_server(("127.0.0.1", 0))
+        datagram = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        try:
+            datagram.bind(listener.getsockname())
+        except OSError:  # somebody's, and free for TCP all the same
+            listener.close()
+            datagram.close()
+        else:
+            return listener, datagram
+
+
 @dataclass
 class Upstream(asyncio.DatagramProtocol):
     """Answers from `zone` (name → addresses), or as `handler` says; `asked` holds (name, type, transport)."""
@@ -87,9 +101,10 @@ class Upstream(asyncio.DatagramProtocol):
 
     async def start(self) -> None:
         loop = asyncio.get_running_loop()
-        self.server = await asyncio.start_server(self._stream, "127.0.0.1", 0)
-        self.port = self.server.sockets[0].getsockname()[1]
-        self.transport, _ = await loop.create_datagram_endpoint(lambda: self, local_addr=("127.0.0.1", self.port))
+        listener, datagram = paired()
+        self.port = listener.getsockname()[1]
+        self.server = await asyncio.start_server(self._stream, sock=listener)
+        self.transport, _ = await loop.create_datagram_endpoint(lambda: self, sock=datagram)
 
     def stop(self) -> None:
         self.transport.close()
@@ -174,10 +189,8 @@ class Guarded:
     async def __aenter__(self) -> Self:
         for upstream in self.upstreams:
             await upstream.start()
-        listener = socket.create_server(("127.0.0.1", 0))
+        listener, datagram = paired()
         self.port = listener.getsockname()[1]
-        datagram = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
-        datagram.bind(("127.0.0.1", self.port))
         self._sockets = {"dns4-udp": datagram, "dns4-tcp": listener, "control": datagram}
         self.guard = DnsGuard(
             upstreams=[*self._more, *(Endpoint(ip_address("127.0.0.1"), one.port) for one in self.upstreams)],
@@ -223,6 +236,13 @@ class Guarded:
 
     async def stream(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         return await asyncio.open_connection("127.0.0.1", self.port)
+
+    async def holds(self, addresses: set[str]) -> None:
+        """Wait until exactly these are in the set; AssertionError after twenty seconds."""
+        until = time.monotonic() + 20
+        while self.kernel.addresses() != addresses:
+            assert time.monotonic() < until, self.kernel.addresses()
+            await asyncio.sleep(0.02)
 
     def held(self, name: str) -> set[str]:
         return {str(address) for address in self.guard.leases.addresses_of(name)}

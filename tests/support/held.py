@@ -33,7 +33,7 @@ class Held:
     def _inner(self) -> int:
         """PID 1 of the namespaces, as the machine sees it."""
         children = Path(f"/proc/{self._process.pid}/task/{self._process.pid}/children")
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             for child in children.read_text().split():
                 if Path(f"/proc/{child}/comm").read_text() == "sh\n":  # after --mount-proc, not before

@@ -166,11 +166,11 @@ class Lab:
             raise LabError(f"processes outlived their box and were killed: {survivors}")
 
     def _survivors(self) -> list[int]:
-        """PIDs that are still in the box's namespace when they had half a second to go."""
+        """PIDs that are still in the box's namespace when they had ten seconds to go."""
         netns = getattr(self, "netns", None)
         if netns is None or not (namespaces.NETNS_DIRECTORY / netns).exists():
             return []
-        until = time.monotonic() + 0.5
+        until = time.monotonic() + 10.0
         while (left := namespaces.processes(netns)) and time.monotonic() < until:
             time.sleep(0.01)
         return left

@@ -93,7 +93,7 @@ class Podman:
         remove_cgroups("user.slice")
         shutil.rmtree(self.folder, ignore_errors=True)
 
-    def shell(self, text: str, *, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    def shell(self, text: str, *, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         """Run a line as this user types it, in the folder of the project; the caller looks at the exit code."""
         become = ["setpriv", f"--reuid={self.uid}", f"--regid={self.uid}", "--clear-groups"] if self.uid else []
         environ = {

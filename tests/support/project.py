@@ -79,7 +79,7 @@ class Project:
     def env(self) -> Mapping[str, str]:
         return self.engine.environ() | {"WORKSPACE": str(self.workspace)} | self.environ
 
-    def compose(self, *words: str, timeout: float = 120, text: str | None = None) -> subprocess.CompletedProcess[str]:
+    def compose(self, *words: str, timeout: float = 300, text: str | None = None) -> subprocess.CompletedProcess[str]:
         """`docker compose WORDS`; the caller looks at the exit code."""
         return subprocess.run(
             self.argv(*words),
@@ -153,7 +153,7 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._fd, text.encode())
 
-    def expect(self, text: str, *, seconds: float = 20) -> str:
+    def expect(self, text: str, *, seconds: float = 60) -> str:
         """Everything up to and with `text`, which is consumed; AssertionError when it does not come."""
         deadline = time.monotonic() + seconds
         while text not in self.shown:
@@ -172,7 +172,7 @@ class Terminal:
 
     def close(self) -> int:
         """Wait for the command's end; its exit code."""
-        deadline = time.monotonic() + 20
+        deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             try:
                 while select.select([self._fd], [], [], 0.05)[0] and os.read(self._fd, 65536):

@@ -37,7 +37,7 @@ class Remote:
 
     def __init__(self, path: Path) -> None:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._socket.settimeout(30)
+        self._socket.settimeout(120)
         self._socket.connect(str(path))
         self._stream = self._socket.makefile("rwb")
 

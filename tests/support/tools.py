@@ -41,7 +41,7 @@ ENV = {
     "npm_config_audit": "false", "npm_config_globalconfig": os.devnull,
 }  # fmt: skip
 _WORKERS = 2
-_TIMEOUT = 60.0  # seconds
+_TIMEOUT = 240.0  # seconds
 _CARGO = """\
 [package]
 name = "app"

@@ -12,7 +12,12 @@ import initd
 
 def run(*argv, **options):
     return subprocess.run(
-        [sys.executable, "-I", "-m", "initd", *argv], capture_output=True, text=True, check=False, timeout=20, **options
+        [sys.executable, "-I", "-m", "initd", *argv],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
+        **options,
     )
 
 

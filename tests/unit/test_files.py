@@ -36,7 +36,7 @@ def test_one_byte_more_is_refused_without_reading_on(tmp_path):
         file.truncate(1 << 40)  # sparse: reading it all would take minutes
     started = time.monotonic()
     assert refused(path, 1 << 20).message == f"{path} is larger than 1 MiB"
-    assert time.monotonic() - started < 2
+    assert time.monotonic() - started < 10
 
 
 def test_limit_counts_bytes_not_the_size_that_stat_tells():

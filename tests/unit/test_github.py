@@ -263,7 +263,7 @@ def response(body, *, status="200 OK", headers=""):
 
 def test_fetch(serve):
     server = serve(lambda tls: tls.sendall(response(META)))
-    assert fetch_meta([LOOPBACK], timeout=5, port=server.port) == META
+    assert fetch_meta([LOOPBACK], timeout=20, port=server.port) == META
     assert server.names == ["api.github.com"]
     request = server.requests[0].decode()
     assert request.startswith("GET /meta HTTP/1.1\r\nHost: api.github.com\r\nUser-Agent: initd/")
@@ -279,28 +279,28 @@ def test_fetch_chunked_and_in_pieces(serve):
             time.sleep(0.002)
         tls.sendall(b"0\r\n\r\n")
 
-    assert fetch_meta([LOOPBACK], timeout=5, port=serve(answer).port) == META
+    assert fetch_meta([LOOPBACK], timeout=20, port=serve(answer).port) == META
 
 
 def test_next_address_is_tried(serve):
     server = serve(lambda tls: tls.sendall(response(META)))
     # Nobody listens on 127.0.0.2.
-    assert fetch_meta([ip_address("127.0.0.2"), LOOPBACK], timeout=5, port=server.port) == META
+    assert fetch_meta([ip_address("127.0.0.2"), LOOPBACK], timeout=20, port=server.port) == META
 
 
 def test_an_address_that_says_nothing_leaves_time_for_the_next(serve):
     server = serve(lambda tls: tls.sendall(response(META)))
     with socket.create_server(("127.0.0.3", server.port)):  # accepts in the kernel, never answers the handshake
         started = time.monotonic()
-        assert fetch_meta([ip_address("127.0.0.3"), LOOPBACK], timeout=2, port=server.port) == META
-        assert 0.9 < time.monotonic() - started < 1.9
+        assert fetch_meta([ip_address("127.0.0.3"), LOOPBACK], timeout=4, port=server.port) == META
+        assert 1.9 < time.monotonic() - started < 3.9
 
 
 def test_nobody_there(authority):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
     with pytest.raises(ConnectionError, match=r"127\.0\.0\.1: .*refused"):
-        fetch_meta([LOOPBACK], timeout=5, port=port)
+        fetch_meta([LOOPBACK], timeout=20, port=port)
     with pytest.raises(ConnectionError, match=r"no address of api\.github\.com"):
         fetch_meta([], timeout=5)
 
@@ -308,7 +308,7 @@ def test_nobody_there(authority):
 def test_certificate_of_another_name_is_refused_before_anything_is_asked(serve):
     server = serve(lambda tls: tls.sendall(response(META)), name="evil.example")
     with pytest.raises(ConnectionError, match=r"not valid for .api\.github\.com."):
-        fetch_meta([LOOPBACK], timeout=5, port=server.port)
+        fetch_meta([LOOPBACK], timeout=20, port=server.port)
     assert server.requests == []
 
 
@@ -317,7 +317,7 @@ def test_certificate_of_an_unknown_authority_is_refused(serve, tmp_path, monkeyp
     (tmp_path / "other").mkdir()
     monkeypatch.setenv("SSL_CERT_FILE", str(Authority(tmp_path / "other").pem))
     with pytest.raises(ConnectionError, match="CERTIFICATE_VERIFY_FAILED"):
-        fetch_meta([LOOPBACK], timeout=5, port=server.port)
+        fetch_meta([LOOPBACK], timeout=20, port=server.port)
     assert server.requests == []
 
 
@@ -337,7 +337,7 @@ def test_certificate_of_an_unknown_authority_is_refused(serve, tmp_path, monkeyp
 def test_bad_answers(serve, raw, reason):
     server = serve(lambda tls: tls.sendall(raw))
     with pytest.raises(FeedError, match=reason):
-        fetch_meta([LOOPBACK], timeout=5, port=server.port)
+        fetch_meta([LOOPBACK], timeout=20, port=server.port)
 
 
 def test_endless_answer_is_cut(serve):
@@ -359,7 +359,7 @@ def test_dripping_answer_ends_at_the_deadline(serve):
 
     def answer(tls):
         tls.sendall(b"HTTP/1.1 200 OK\r\n")
-        for _ in range(60):  # 3 s, so that a client without a deadline fails the test instead of hanging it
+        for _ in range(200):  # 10 s, so that a client without a deadline fails the test instead of hanging it
             if stop.wait(0.05):
                 return
             tls.sendall(b"X-Drip: y\r\n")
@@ -369,6 +369,6 @@ def test_dripping_answer_ends_at_the_deadline(serve):
     try:
         with pytest.raises(OSError, match=r"timed out|no answer in time"):
             fetch_meta([LOOPBACK], timeout=0.5, port=server.port)
-        assert 0.4 < time.monotonic() - started < 2
+        assert 0.4 < time.monotonic() - started < 5
     finally:
         stop.set()

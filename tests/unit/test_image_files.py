@@ -156,7 +156,7 @@ def test_the_agent_is_told_where_the_list_is_and_how_to_ask():
 def test_the_shim_waits_as_long_as_it_is_told(tmp_path, wait, code, said):
     environ = {"INITD_RUN_DIR": str(tmp_path), "SHIM_WAIT": wait, "PATH": "/usr/bin:/bin"}
     shim = [IMAGE / "shims" / "shim"]
-    done = subprocess.run(shim, capture_output=True, text=True, env=environ, timeout=20, check=False)
+    done = subprocess.run(shim, capture_output=True, text=True, env=environ, timeout=120, check=False)
     assert done.returncode == code
     assert said in done.stderr
     assert len(done.stderr.splitlines()) < 3

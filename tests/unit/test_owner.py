@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import resource
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ import pytest
 
 from initd.core.events import Actor
 from initd.owner import Owners, _terminal, processes_of
+from tests.support.guarded import paired
 
 pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="needs root to be somebody else")
 
@@ -49,8 +49,8 @@ def start():
 
 @pytest.fixture
 def server():
-    with socket.create_server(("127.0.0.1", 0)) as tcp, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
-        udp.bind(tcp.getsockname())
+    tcp, udp = paired()
+    with tcp, udp:
         yield tcp.getsockname()[1]
 
 
@@ -110,6 +110,9 @@ def test_a_crowd_costs_a_bounded_number_of_looks(start, server, monkeypatch):
     finally:
         os.killpg(crowd.pid, signal.SIGKILL)
         crowd.wait()
+    monkeypatch.undo()
+    while len(processes_of(64906)) > 1:  # killed is not ended
+        time.sleep(0.01)
     assert of("tcp", port, server).pid == process.pid, "the control"
 
 

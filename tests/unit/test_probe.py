@@ -17,7 +17,7 @@ EMPTY: dict = {"timeout": 0.3, "connect": [], "datagram": [], "ask": [], "reach"
 def run_probe(plan: object) -> subprocess.CompletedProcess:
     code = "import sys; from initd import probe; sys.exit(probe.main())"
     return subprocess.run(
-        [sys.executable, "-c", code], input=json.dumps(plan), capture_output=True, text=True, timeout=20, check=False
+        [sys.executable, "-c", code], input=json.dumps(plan), capture_output=True, text=True, timeout=120, check=False
     )
 
 

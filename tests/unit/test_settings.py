@@ -391,7 +391,7 @@ def test_import_is_light():
     code = "import sys; before = set(sys.modules); import initd.settings; print(*sorted(set(sys.modules) - before))"
     started = time.monotonic()
     output = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=True).stdout
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 20
     loaded = set(output.split())
     assert "initd.settings" in loaded
     assert not loaded & {"dataclasses", "inspect", "tomllib", "difflib", "initd.core", "asyncio", "ssl"}
