@@ -85,7 +85,7 @@ print(json.dumps(gained))
 # Has verifications run and takes standard error from each probe, before it can protect itself, to write a line there.
 FORGE = """
 import ctypes, json, os, socket, threading, time
-taken, end = set(), time.monotonic() + 20
+taken, end = set(), time.monotonic() + 40
 def ask():
     while not taken:
         with socket.socket(socket.AF_UNIX) as sock:

@@ -272,7 +272,7 @@ def called_from_outside(how: str) -> bool:
     with socket.socket(family, socket.SOCK_DGRAM) as sock:
         sock.setsockopt(*((41, 78) if family == socket.AF_INET6 else (0, 15)), 1)  # IPV6_FREEBIND, IP_FREEBIND
         sock.bind((peer, 9443))
-        sock.settimeout(0.5)
+        sock.settimeout(1.5)
         sock.sendto(b"call", (own, 5555))
         try:
             return sock.recv(16) == b"call"
@@ -309,7 +309,7 @@ def test_a_connection_that_was_reset_is_no_way_in_for_the_next(backend, wire):
             sock = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind((BOX4, 41000))
-        sock.settimeout(1)
+        sock.settimeout(5)
         sock.connect((UPSTREAM4, 53))
         return sock
 

@@ -190,16 +190,16 @@ def test_the_kernel_ends_it_when_nobody_else_can(lab, backend):
 def test_what_it_let_through_ends_also_when_the_warden_was_away_at_its_end(lab):
     box = lab.box(policy="")
     box.start()
-    box.fwctl("audit", "--for", "3s")
-    end = time.monotonic() + 3.1
+    box.fwctl("audit", "--for", "5s")
+    end = time.monotonic() + 5.1
     talk = box.popen(client("talk", "203.0.113.99", "7"))
     assert talk.stdout.readline() == b"open\n", "negative control"
     while time.monotonic() < end:
         with contextlib.suppress(KeyError, ProcessLookupError):
             os.kill(box.pids()["warden"], signal.SIGKILL)
         time.sleep(0.05)
-    wait_for(lambda: box.fwctl("status").returncode == 0, 10)
-    assert json.loads(talk.communicate(timeout=5)[0])["error"] is not None
+    wait_for(lambda: box.fwctl("status").returncode == 0, 60)
+    assert json.loads(talk.communicate(timeout=60)[0])["error"] is not None
 
 
 def test_what_stays_shut_in_it_would_answer(box):
@@ -223,6 +223,6 @@ def test_a_box_may_start_in_it_and_can_leave_it(lab):
     assert any(event.get("event") == "box.warning" and "AUDIT" in event["text"] for event in box.logs().events)
     box.fwctl("audit", "--off")
     os.kill(box.pids()["warden"], signal.SIGKILL)
-    wait_for(lambda: box.fwctl("status").returncode == 0 and box.status()["generation"] == 2, 10)
+    wait_for(lambda: box.fwctl("status").returncode == 0 and box.status()["generation"] == 2, 60)
     assert box.status()["mode"] == "enforce"
     assert not any(open_ones(box, OPENED))

@@ -199,8 +199,10 @@ class TestBeforeTheAnswer:
                 for number in range(500):
                     client.send(number.to_bytes(2) + padded[2:])
                     await asyncio.sleep(0)
-                await asyncio.sleep(0.3)
-                assert lab.guard.stats().counts.queries == 500
+                until = time.monotonic() + 20
+                while lab.guard.stats().counts.queries < 500:
+                    assert time.monotonic() < until
+                    await asyncio.sleep(0.01)
                 held, _ = tracemalloc.get_traced_memory()
                 tracemalloc.stop()
             assert held < 500 * 2000
@@ -363,7 +365,7 @@ class TestUpstream:
             }[manner]
             got = await asyncio.gather(*map(lab.ask, names))
             assert [one.addresses for one in got] == [["203.0.113.7"]] * 20
-            assert max(one.seconds for one in got) < 0.5
+            assert max(one.seconds for one in got) < 0.65  # the share of a server is 0.7 s
             assert lab.guard.stats().upstreams[0].timeouts == 0
 
     @pytest.mark.parametrize("rcode", [2, 5])
@@ -390,7 +392,10 @@ class TestUpstream:
                 assert {one.rcode for one in got} == {"SERVFAIL"}
             assert lab.guard.stats().upstreams[0].timeouts > 1200
             lab.upstream.handler = None
-            assert (await lab.ask("four.example")).addresses == ["203.0.113.4"]
+            answers = [await lab.ask("four.example")]
+            while not answers[-1].addresses and len(answers) < 5:  # in 0.4 s, in which a busy machine may not run us
+                answers.append(await lab.ask("four.example"))
+            assert answers[-1].addresses == ["203.0.113.4"]
             assert lab.guard.stats().pending == 0
 
     @scenario
@@ -656,7 +661,7 @@ class TestTime:
         async with guarded(terms=Terms(floor=0.2, grace=0.2)) as lab:
             lab.upstream.ttl = 3
             await lab.guard.resolve("four.example")
-            await asyncio.sleep(2.9)
+            await asyncio.sleep(2.4)
             assert 1 <= lab.guard.stats().counts.from_cache <= 5
             assert [kind for _, kind, _ in lab.upstream.asked] == ["A", "AAAA"], (
                 "nothing depends on a family without leases"
