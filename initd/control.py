@@ -11,7 +11,7 @@ import contextlib
 import socket
 import struct
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -47,6 +47,7 @@ class Control:
         self._log = log
         self._loud = Throttle(10, 20)
         self._open: Counter[int] = Counter()
+        self._turns: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._server: asyncio.Server | None = None
 
     async def start(self, listener: socket.socket) -> None:
@@ -95,8 +96,10 @@ class Control:
             await asyncio.wait_for(writer.drain(), IDLE_SECONDS)
 
     async def _answer(self, request: messages.Request, peer: Peer) -> bytes:
+        """A session's requests take turns: with a large policy 32 that read the rules are half a minute's work."""
         try:
-            return messages.result(await self._handle(request, peer))
+            async with self._turns[peer.uid] if peer.uid else contextlib.nullcontext():
+                return messages.result(await self._handle(request, peer))
         except InitdError as error:
             return messages.failure(error.message, hint=error.hint, code=error.code)
         except messages.ProtocolError as error:

@@ -43,6 +43,7 @@ def main() -> int:
 def run(warden: Sequence[str]) -> int:
     """Keep `warden` (an argv) running until told to stop; the exit code that PID 1 is to see."""
     signals = reap.SignalQueue()
+    os.umask(0o022)  # what we and the warden write is for all to read, and for nobody else to write
     journal.configure(os.environ)
     try:
         parent = Channel.inherited(int(os.environ.pop("INITD_PARENT_FD")))

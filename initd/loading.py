@@ -56,12 +56,12 @@ def writable_by(path: Path, uid: int, gid: int) -> str | None:
     for place in (path, *path.parents):
         try:
             status = place.lstat()
+            if stat.S_ISLNK(status.st_mode):
+                return f"{place} is a symbolic link"
+            read_only = os.statvfs(place).f_flag & os.ST_RDONLY
         except OSError:  # missing, or in a directory that is closed to us: whose is that?
             found = False
             continue
-        if stat.S_ISLNK(status.st_mode):
-            return f"{place} is a symbolic link"
-        read_only = os.statvfs(place).f_flag & os.ST_RDONLY
         protected = found and status.st_mode & stat.S_ISVTX  # sticky: what is there and somebody else's, inode(7)
         if not read_only and (status.st_uid == uid or (not protected and _may_write(place, status, uid, gid))):
             return f"{place} is writable for UID {uid}"

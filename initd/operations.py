@@ -140,6 +140,12 @@ class Operations:
             # Before the file is read: see `writable_by`.
             may_widen = peer.uid == 0 or self._writable(self._settings.policy) is None
             loaded = await asyncio.to_thread(load_policy, self._settings)
+        if peer.uid and loaded.source == DEFAULTS != self._live.in_force.loaded.source:
+            # An editor that saves takes the file away for a moment.
+            raise PrivilegeError(
+                f"{self._settings.policy} is not there, and only root may put the defaults in its place",
+                hint="ask a person to run `docker compose exec claude fwctl reload` from the host",
+            )
         done = await self._live.reload(loaded, may_widen=may_widen, within=RESOLVE_SECONDS)
         lists = {key: getattr(done, key) for key in ("added", "removed", "closed")}
         return {

@@ -81,22 +81,22 @@ def cut_where(revoked: Callable[[Flow], bool]) -> Cut:
 def cut(chosen: Iterable[Flow]) -> Cut:
     """End these flows; one that has ended by itself is left out of the answer. Raises KernelError."""
     gone: list[Flow] = []
-    sockets, destroys = 0, True
+    sockets, refused = 0, False
     with Netlink(NETFILTER) as tracker, Netlink(SOCK_DIAG) as diag:
         for flow in chosen:
             ended = False
             # The socket first: its reset still counts as established and tells the far end.
-            if destroys and flow.proto == "tcp":
+            if flow.proto == "tcp":
                 try:
                     ended = _destroy(diag, flow)
                 except NetlinkRefusal as refusal:
                     if refusal.code != errno.EOPNOTSUPP:
                         raise _trouble(refusal, "ending a connection") from refusal
-                    destroys = False
+                    refused = True  # older kernels refuse that for TIME_WAIT (tcp_abort() in net/ipv4/tcp.c)
             if _untrack(tracker, flow) or ended:
                 gone.append(flow)
             sockets += ended
-    return Cut(tuple(gone), sockets, destroys)
+    return Cut(tuple(gone), sockets, destroys=sockets > 0 or not refused)
 
 
 def _destroy(diag: Netlink, flow: Flow) -> bool:

@@ -327,13 +327,15 @@ def test_a_session_may_reload_what_only_others_can_write(scene: tuple[Lab, Box])
 
 
 def test_a_removed_file_narrows_to_nothing_more_than_the_defaults(scene: tuple[Lab, Box]) -> None:
-    """No file means the defaults, at a reload as at a start."""
+    """No file means the defaults, at a reload as at a start; but a session could wait for an editor that saves it."""
     _, box = scene
     (box.workspace / ".aidevcontainer" / "allowed-domains.txt").unlink()
-    done = reload(box)
-    assert (
-        "there is no /workspace/.aidevcontainer/allowed-domains.txt: the built-in defaults are in force"
-        in done["warnings"]
-    )
-    assert box.status()["policy"]["source"] == done["policy"]["source"] == "built-in defaults"
+    done = box.fwctl("reload", user="session")
+    assert (done.returncode, "only root" in done.stderr) == (77, True)
+    assert attempt(box, ("tcp", "site.example", 443)).error is None
+    told = reload(box)
+    assert told["added_total"], "negative control: root may"
+    assert any(one.endswith("the built-in defaults are in force") for one in told["warnings"])
+    assert reload(box, user="session")["added_total"] == 0
+    assert box.status()["policy"]["source"] == told["policy"]["source"] == "built-in defaults"
     assert attempt(box, ("tcp", "203.0.113.10", 443)).error == "ECONNREFUSED"

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.support import holding
+from tests.support import holding, product
 from tests.support.attempts import attempt, attempt_all, client
-from tests.support.box import DEFAULT_CAPABILITIES, Box, BoxError
+from tests.support.box import DEFAULT_CAPABILITIES, RUN, STATE, WARDEN_UID, Box, BoxError
 from tests.support.https_server import META_HOST, Meta
 from tests.support.lab import ROOT, Lab
 from tests.support.namespaces import Family
@@ -170,6 +170,19 @@ def test_what_the_last_box_let_through_ends_when_the_next_one_does_not(lab: Lab)
         assert asks() != b"echo\n"
         assert idle.stdin is not None
         idle.stdin.close()
+
+
+@pytest.mark.parametrize("umask", ["0", "077"])
+def test_whatever_the_umask_sessions_read_what_is_theirs_to_know_and_write_nothing(lab: Lab, umask: str) -> None:
+    """The next start believes the saved copy of GitHub's ranges, and shims believe `ready`."""
+    find = ["find", RUN, STATE, "-type", "f", "-writable"]
+    box = lab.box(policy="@github\n", argv=["/bin/sh", "-c", f"umask {umask}; exec {product.INITD}"])
+    box.start()
+    assert (box.state / "github-meta.json").exists()
+    assert box.exec(find).stdout == ""
+    assert box.exec(["cat", f"{RUN}/ready"]).returncode == 0
+    box.exec(["sh", "-c", f"umask 0; : >{RUN}/x"], user=(WARDEN_UID, WARDEN_UID))
+    assert box.exec(find).stdout == f"{RUN}/x\n", "negative control"
 
 
 def test_a_refused_start_leaves_the_namespace_shut(lab: Lab) -> None:

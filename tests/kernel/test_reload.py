@@ -146,6 +146,30 @@ def test_cut_without_socket_destruction_refuses_the_next_packet(backend, wire, m
     assert ended is not None
 
 
+def test_a_socket_that_cannot_be_destroyed_spares_no_other(backend, wire, monkeypatch):
+    """As with one in TIME_WAIT on older kernels: a session could leave one behind on purpose."""
+    destroy, first = conntrack._destroy, []
+
+    def reluctant(diag, flow):
+        first.append(flow)
+        if len(first) == 1:
+            raise conntrack.NetlinkRefusal(95)
+        return destroy(diag, flow)
+
+    monkeypatch.setattr(conntrack, "_destroy", reluctant)
+
+    def body():
+        made = armed(backend)
+        held = [hold(LISTED4), hold(LISTED4)]
+        Enforcer(made).enforce(Ruleset(WARDEN))
+        cut = conntrack.cut_where(lambda flow: flow.dport == 443)
+        return cut, [until_end(one, 2.0) for one in held]
+
+    cut, ended = wire.do(body)
+    assert (cut.destroys, cut.sockets, len(cut.flows)) == (True, 1, 2)
+    assert sum(one is None for one in ended) == 1, "it learns with its next packet"
+
+
 def test_udp_flows_are_cut_and_destinations_seen(backend, wire):
     def body():
         made = armed(backend)

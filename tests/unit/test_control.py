@@ -144,6 +144,31 @@ def test_connections_are_bounded(tmp_path: Path) -> None:
     assert after[0]["ok"]
 
 
+@pytest.mark.parametrize("uid", [501, 0])
+def test_requests_of_a_session_take_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, uid: int) -> None:
+    """Or a few that take long keep the operator's waiting: reading the rules is one thread's work."""
+    monkeypatch.setattr(module, "_peer", lambda _: Peer(1, uid, 1))
+    running = most = 0
+
+    async def slow(_request: messages.Request, _peer: Peer) -> dict[str, Any]:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        await asyncio.sleep(0.02)
+        running -= 1
+        return {}
+
+    async def crowd() -> list[list[dict]]:
+        control = await serve(tmp_path / "s", slow)
+        try:
+            return await asyncio.gather(*(talk(tmp_path / "s", messages.request("health")) for _ in range(8)))
+        finally:
+            await control.stop()
+
+    assert all(answer["ok"] for (answer,) in asyncio.run(crowd()))
+    assert most == (1 if uid else 8), "negative control: root's do not"
+
+
 def test_a_client_that_never_reads_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each would hold a descriptor and a quarter of a megabyte of the warden's for as long as it likes."""
     monkeypatch.setattr(module, "IDLE_SECONDS", 0.5)
