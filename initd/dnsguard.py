@@ -288,11 +288,14 @@ class DnsGuard:
         if judged.fate not in _ASKED:
             return Failure("refused", wire.NXDOMAIN)
         if answer is not None:
-            return self._accept(key, judged, answer)
+            outcome = self._accept(key, judged, answer)
+            if isinstance(outcome, Entry):
+                self.leases.answered(judged.name, 4 if key[1] == wire.TYPE_A else 6, outcome.learned)
+            return outcome
         self._counts.failed += 1
         if self._loud.allows(time.monotonic()):
             self._log.warning("dns.failed", name=judged.name, type=type_name(key[1]), reason=reason)
-        if held := self.leases.addresses_of(judged.name):
+        if held := self.leases.last_answer(judged.name):
             self._counts.stale += 1
             return self._accept(key, judged, held_answer(held, key[1], STALE_TTL))
         return Failure(reason)

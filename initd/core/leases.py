@@ -33,9 +33,9 @@ MAX_SAVED = LEARNED_MOST
 
 
 class Lease:
-    """`services` of one address for one name, until `expires`; `literal` as in `Held`."""
+    """`services` of one address for one name, until `expires`; `literal` as in `Held`, `left` as in `answered`."""
 
-    __slots__ = ("address", "expires", "literal", "name", "services")
+    __slots__ = ("address", "expires", "left", "literal", "name", "services")
 
     def __init__(self, name: str, address: IPAddress, expires: float, *, literal: bool) -> None:
         self.name = name
@@ -43,6 +43,7 @@ class Lease:
         self.services: frozenset[Service] = frozenset()
         self.expires = expires
         self.literal = literal
+        self.left = False
 
 
 class _Use:
@@ -122,6 +123,17 @@ class Leases:
     def addresses_of(self, name: str) -> tuple[IPAddress, ...]:
         """Addresses that `name` holds, least recently answered first."""
         return tuple(self._by_name.get(name, ()))
+
+    def answered(self, name: str, version: int, addresses: Iterable[IPAddress]) -> None:
+        """DNS says that `name` has these addresses of IPv4 or IPv6; others, still open for now, it has left."""
+        addresses = frozenset(addresses)
+        for lease in self._by_name.get(name, {}).values():
+            if lease.address.version == version:
+                lease.left = lease.address not in addresses
+
+    def last_answer(self, name: str) -> tuple[IPAddress, ...]:
+        """Addresses that `name` holds and has not left."""
+        return tuple(lease.address for lease in self._by_name.get(name, {}).values() if not lease.left)
 
     def has_room(self, held: Held) -> bool:
         """Whether the leases that an answer adds stay within `WILD_MOST`; one that adds none always does."""

@@ -423,6 +423,22 @@ class TestUpstream:
         assert 2.0 < min(took) < 3.0
 
     @scenario
+    async def test_an_outage_keeps_what_the_last_answer_held_and_nothing_that_the_name_had_left(self):
+        async with guarded(terms=Terms(floor=2, grace=1)) as lab:
+            lab.upstream.ttl = 1
+            assert (await lab.ask("four.example")).addresses == ["203.0.113.4"]
+            lab.upstream.zone = {"four.example": ["203.0.113.5"]}
+            await asyncio.sleep(1.1)
+            assert (await lab.ask("four.example")).addresses == ["203.0.113.5"]
+            assert lab.kernel.addresses() == {"203.0.113.4", "203.0.113.5"}, "whoever has just been told still gets there"
+            lab.upstream.handler = lambda data, _: [lab.upstream.answer(data, flags=0x8182)]
+            await asyncio.sleep(1.1)
+            assert (await lab.ask("four.example")).addresses == ["203.0.113.5"]
+            renewed = {str(one.network.network_address): until for one, until in lab.kernel.elements.items()}
+            assert renewed["203.0.113.4"] < time.monotonic() + 1
+            assert renewed["203.0.113.5"] > time.monotonic() + 20
+
+    @scenario
     async def test_a_server_that_is_not_there_fails_at_once(self):
         async with guarded() as lab:
             lab.guard.set_upstreams([Endpoint(ip_address("127.0.0.1"), 1)])
