@@ -164,6 +164,7 @@ def _become_probe(stdin: int, stdout: int, settings: Settings) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         os.execve(sys.executable, [sys.executable, "-I", "-m", "initd", "probe"], environ)  # noqa: S606
     except BaseException as error:  # noqa: BLE001  # a forked child must never return into its parent's code
-        os.dup2(log, 2)
+        with contextlib.suppress(OSError):
+            os.dup2(log, 2)
         journal.put(f"initd keeper: probe: {error}\n")
     os._exit(EX_SOFTWARE)
