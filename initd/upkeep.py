@@ -41,8 +41,10 @@ SAVE = 2.0
 """Seconds between looks whether anything is worth writing down."""
 
 SAVING, SAVE_LATEST = 0.02, 30.0
-"""Share of the time that writing it down may take, and seconds that it may be put off for that: 40,000 leases are 0.2 s,
-and some of so many is always being refreshed."""
+"""Share of the time that writing it down may take, and seconds that it may be put off for that.
+
+40,000 leases are 0.2 s, and some of so many is always being refreshed.
+"""
 
 
 class Upkeep:
