@@ -10,7 +10,7 @@ import signal
 import termios
 
 from initd import drop, reap
-from initd.journal import say
+from initd.journal import put, say
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def become_keeper(argv: list[str], channel: int, environ: dict[str, str]) -> NoR
         os.closerange(4, 1 << 20)
         os.execve(argv[0], argv, {**os.environ, **environ, "INITD_PARENT_FD": "3"})  # noqa: S606
     except BaseException as error:  # noqa: BLE001  # a forked child must never return into its parent's code
-        os.write(2, f"initd: the keeper cannot be started: {error}\n".encode())
+        put(f"initd: the keeper cannot be started: {error}\n")
     os._exit(71)
 
 

@@ -66,4 +66,9 @@ class Refresher:
 
     async def _work(self, due: Iterator[Key]) -> None:
         for key in due:
-            await self._ask(key)
+            try:
+                await self._ask(key)
+            except Exception as error:  # noqa: BLE001 - one name must not end the upkeep of all others
+                self.failed(key)
+                context = {"message": f"{key!r} cannot be refreshed", "exception": error}
+                asyncio.get_running_loop().call_exception_handler(context)

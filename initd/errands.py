@@ -13,7 +13,7 @@ import signal
 import sys
 import time
 
-from initd import drop, reap
+from initd import drop, journal, reap
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
@@ -95,19 +95,18 @@ class Errand:
         self.speaks = True
         self.deadline = time.monotonic() + SECONDS
         self.fd, theirs = os.pipe2(os.O_CLOEXEC)
-        stdin = os.memfd_create("initd-plan")
         try:
             os.set_blocking(self.fd, False)
-            os.write(stdin, json.dumps(plan).encode())
-            os.lseek(stdin, 0, os.SEEK_SET)
-            self.pid = os.fork()
-            if self.pid == 0:
-                _become_probe(stdin, theirs, settings)
+            with os.fdopen(os.memfd_create("initd-plan"), "r+b", buffering=0) as stdin:
+                stdin.write(json.dumps(plan).encode())
+                stdin.seek(0)
+                self.pid = os.fork()
+                if self.pid == 0:
+                    _become_probe(stdin.fileno(), theirs, settings)
         except OSError:
             os.close(self.fd)
             raise
         finally:
-            os.close(stdin)
             os.close(theirs)
 
     def drain(self) -> None:
@@ -165,5 +164,7 @@ def _become_probe(stdin: int, stdout: int, settings: Settings) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
         os.execve(sys.executable, [sys.executable, "-I", "-m", "initd", "probe"], environ)  # noqa: S606
     except BaseException as error:  # noqa: BLE001  # a forked child must never return into its parent's code
-        os.write(log, f"initd keeper: probe: {error}\n".encode())
-        os._exit(EX_SOFTWARE)
+        with contextlib.suppress(OSError):
+            os.dup2(log, 2)
+        journal.put(f"initd keeper: probe: {error}\n")
+    os._exit(EX_SOFTWARE)

@@ -22,7 +22,7 @@ from initd.journal import say
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from typing import Any
+    from typing import Any, NoReturn
 
     from initd.settings import Settings
 
@@ -104,25 +104,23 @@ class Keeper:
         """Fork and exec it with its two capabilities, its channel and the held descriptors."""
         self._generation += 1
         self._restart_at = None
-        self._channel, theirs = Channel.pair()
         self._started = self._heard = time.monotonic()
         self._patience, self._suspected = START_SILENCE, False
         try:
-            self._pid = os.fork()
-        except OSError as error:  # no process to be had: the session's fork bomb, perhaps
-            if self._generation == 1:
+            self._channel, theirs = Channel.pair()
+            with theirs:
+                self._pid = os.fork()
+                if self._pid == 0:
+                    self._become_warden({**self._held, "": theirs.fileno()})
+        except OSError as error:  # no process or descriptor to be had: the session's fork bomb, perhaps
+            if self._generation == 1 or self._channel is None:
                 raise KernelError(f"the warden cannot be started: {error.strerror}") from error
             self._channel.close()
             self._retry(error=error.strerror)
             return
-        finally:
-            if self._pid != 0:
-                theirs.close()
-        if self._pid == 0:
-            self._become_warden({**self._held, "": theirs.fileno()})
         say("info", "warden.started", pid=self._pid, generation=self._generation)
 
-    def _become_warden(self, fds: dict[str, int]) -> None:
+    def _become_warden(self, fds: dict[str, int]) -> NoReturn:
         try:
             own = fds.pop("")
             environ = {
@@ -140,8 +138,8 @@ class Keeper:
             drop.become_warden(*self._account)
             os.execve(self._argv[0], self._argv, environ)  # noqa: S606
         except BaseException as error:  # noqa: BLE001  # a forked child must never return into its parent's code
-            os.write(2, f"initd: the warden cannot be started: {error}\n".encode())
-            os._exit(EnforcementError.code)
+            journal.put(f"initd: the warden cannot be started: {error}\n")
+        os._exit(EnforcementError.code)
 
     def watch(self, poll: select.poll) -> None:
         """Make `poll` watch exactly what can speak now."""

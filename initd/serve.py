@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import time
 from typing import TYPE_CHECKING
@@ -12,9 +13,10 @@ from initd.control import Control
 from initd.core.leases import from_state
 from initd.dnsguard import DnsGuard
 from initd.enforce import Enforcer
-from initd.errors import EnforcementError, KernelError
+from initd.errors import EnforcementError, InitdError, KernelError
 from initd.feeds import GithubFeed
 from initd.keeping import Keeping
+from initd.kernel import conntrack
 from initd.live import Live, Parts, literal_names
 from initd.loading import Loaded, load_policy
 from initd.operations import Operations
@@ -27,6 +29,7 @@ from initd.upkeep import Upkeep
 if TYPE_CHECKING:
     from collections.abc import Collection
 
+    from initd.core.ruleset import IPAddress
     from initd.handover import Handover
     from initd.kernel.base import Backend, Probe
     from initd.logs import Log
@@ -67,7 +70,7 @@ async def _serve(settings: Settings, handover: Handover, *, backend: Backend, pr
         live.feeds = dict(saved.feeds)  # the ranges stay where they are until they are fetched again
     await live.start(loaded, resuming=handover.resuming)
     if saved:
-        guard.restore(from_state(saved.leases), elapsed=saved.age(time.time()))
+        _take_up(saved, guard, resuming=handover.resuming)
     recorder.start()
     await guard.start(handover.sockets)
     resolv.point_to_guard()
@@ -125,12 +128,23 @@ def _resume(saved: memory.State | None, settings: Settings) -> Loaded:
     return Loaded.parse(saved.policy, saved.source)
 
 
+def _take_up(saved: memory.State, guard: DnsGuard, *, resuming: bool) -> None:
+    """The leases of a predecessor; also those that are over as far as it wrote down, when something is connected."""
+    known, elapsed = from_state(saved.leases), saved.age(time.time())
+    guard.restore(known, elapsed=elapsed)
+    if resuming:
+        in_use: set[IPAddress] = set()
+        with contextlib.suppress(InitdError):  # `Upkeep` says it
+            in_use = {address for address, _, _ in conntrack.destinations()}
+        used = {name: {one: left for one, left in held.items() if one in in_use} for name, held in known.items()}
+        guard.restore(used, elapsed=elapsed, least=guard.leases.terms.lifetime(0))
+
+
 def _fall_back(saved: memory.State | None, names: Collection[str], guard: DnsGuard, *, log: Log) -> None:
     """Take up the last run's addresses of names that no resolver says anything about now."""
     known = from_state(saved.leases) if saved else {}
     stale = {name: dict(known[name]) for name in names if name in known}
-    terms = guard.leases.terms
-    if taken := guard.restore(stale, elapsed=0.0, least=terms.floor + terms.grace):
+    if taken := guard.restore(stale, elapsed=0.0, least=guard.leases.terms.lifetime(0)):
         log.warning("names.remembered", names=len(stale), addresses=taken, reason="no resolver answers")
 
 

@@ -19,7 +19,7 @@ SETTINGS_VARIABLE = "INITD_SETTINGS"
 DEFAULT_FILE = Path("/workspace/.aidevcontainer/initd.toml")
 FILE_LIMIT = 64 * 1024
 
-CAPABILITIES = ("conntrack", "dns", "ipv4", "ipv6", "nflog", "nfqueue", "owner", "reject", "sets", "source", "timeouts")
+CAPABILITIES = ("conntrack", "dns", "ipv4", "ipv6", "nflog", "owner", "reject", "sets", "source", "timeouts")
 """What `require` may name: what a backend's probe finds (`initd.kernel.base.Probe`); `dns` is a guarded resolv.conf."""
 
 READ_FROM = "INITD_SETTINGS_FROM"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,6 +39,12 @@ RECHECK = 60.0
 
 SAVE = 2.0
 """Seconds between looks whether anything is worth writing down."""
+
+SAVING, SAVE_LATEST = 0.02, 30.0
+"""Share of the time that writing it down may take, and seconds that it may be put off for that.
+
+40,000 leases are 0.2 s, and some of so many is always being refreshed.
+"""
 
 
 class Upkeep:
@@ -134,6 +141,8 @@ class Upkeep:
         mark = (live.in_force, live.feeds, live.upstreams, guard.stats().counts.forwarded, len(guard.leases))
         if mark == self._written:
             return
+        began = time.monotonic()
         await live.write_down()
         live.unwritten = None
         self._written = mark
+        await asyncio.sleep(min((time.monotonic() - began) / SAVING, SAVE_LATEST))

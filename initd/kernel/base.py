@@ -24,7 +24,7 @@ class Probe:
 
     backend: str
     usable: bool
-    capabilities: Mapping[str, bool]  # ipv4 ipv6 sets timeouts owner conntrack reject source nflog nfqueue
+    capabilities: Mapping[str, bool]  # ipv4 ipv6 sets timeouts owner conntrack reject source nflog
     missing: tuple[str, ...] = ()
 
 

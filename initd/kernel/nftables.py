@@ -44,14 +44,13 @@ _TRIALS: dict[str, tuple[str, str]] = {
     "reject": ("meta l4proto 6 reject with tcp reset; add rule {} reject with icmpx admin-prohibited", "reject"),
     "source": ("fib saddr type != local drop", "telling foreign sources from our own (nft_fib_inet)"),
     "nflog": ("limit rate 10/second log group 1", "NFLOG: refusals cannot be explained"),
-    "nfqueue": ("queue num 1 bypass", "NFQUEUE"),
 }
 """Capability → the rule that needs it and how its absence reads."""
 _TRIAL_SETS = {
     "sets": "ranges { type ipv4_addr . inet_proto . inet_service; flags interval; }",
     "timeouts": "timed { type ipv4_addr; flags timeout; }",
 }
-_NEEDED = frozenset(_TRIALS) - {"nflog", "nfqueue"}
+_NEEDED = frozenset(_TRIALS) - {"nflog"}
 
 
 def _skeleton() -> Iterator[str]:

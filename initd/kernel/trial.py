@@ -15,15 +15,13 @@ if TYPE_CHECKING:
     from initd.kernel.xtables import Xtables
 
 _NAME = "initd-trial"
-_OPTIONAL = frozenset({"nflog", "nfqueue"})
+_OPTIONAL = frozenset({"nflog"})
 
 
 def attempt(backend: Xtables) -> Probe:
     """A `Probe` that names each absent kernel part. Raises PrivilegeError when it is us who may not."""
     missing: dict[str, str] = {}
-    can = dict.fromkeys(
-        ("ipv4", "ipv6", "sets", "timeouts", "owner", "conntrack", "reject", "source", "nflog", "nfqueue"), True
-    )
+    can = dict.fromkeys(("ipv4", "ipv6", "sets", "timeouts", "owner", "conntrack", "reject", "source", "nflog"), True)
     can["ipv6"] = 6 in backend.versions
     for version in backend.versions:
         for part, capability, complaint in _family(version):
@@ -69,7 +67,6 @@ def _rules(version: int, set_name: str | None) -> list[tuple[str, str, str]]:
         (f"{icmp}t_REJECT", "reject", Rule("REJECT", (("reject-with", ("tcp-reset",)),), proto="tcp")),
         ("xt_addrtype", "source", FOREIGN),
         ("xt_NFLOG", "nflog", Rule("NFLOG", (("nflog-group", ("1",)),))),
-        ("xt_NFQUEUE", "nfqueue", Rule("NFQUEUE", (("queue-num", ("0",)),))),
     ]
     if set_name:
         trials.append(("xt_set", "sets", Rule("ACCEPT", matches=(("set", (("match-set", (set_name, "dst,dst")),)),))))

@@ -251,3 +251,22 @@ def test_a_connection_outlives_its_lease_and_nothing_else_does(lab: Lab) -> None
     assert attempt(box, ("tcp", "a.wild.example", 443)).error is None, "a new question opens it again"
     time.sleep(6.0)  # no polling: each try would be a connection that keeps the lease
     assert attempt(box, used).error == "ECONNREFUSED", "its lease is over"
+
+
+def test_a_connection_that_outlives_its_lease_outlives_the_warden_too(lab: Lab) -> None:
+    """Nobody asks for the name any more, so what was written down of its lease is old."""
+    lab.dns.set("*.wild.example", {"A": "203.0.113.77"}, ttl=1)
+    box = lab.box(policy="*.wild.example\n", env={"INITD_DNS_FLOOR": "1", "INITD_DNS_GRACE": "2"})
+    box.start()
+    talk = box.popen(client("talk", "a.wild.example", "22"))
+    assert talk.stdout is not None
+    assert talk.stdout.readline() == b"open\n"
+    time.sleep(7.0)
+    kill_warden(box)
+    time.sleep(BACK)
+    box.write_policy("*.wild.example\nsite.example\n")
+    said = json.loads(box.fwctl("reload", "--json").stdout)
+    assert (said["added"], said["closed"]) == (["site.example"], [])
+    assert talk.poll() is None
+    talk.terminate()
+    talk.communicate()

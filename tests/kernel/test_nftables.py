@@ -321,7 +321,7 @@ def test_nothing_is_left_after_a_probe_and_a_teardown(box, backend):
     probe = box.do(backend.probe)
     assert probe.usable
     assert probe.capabilities.keys() == {
-        "ipv4", "ipv6", "sets", "timeouts", "owner", "conntrack", "reject", "source", "nflog", "nfqueue",
+        "ipv4", "ipv6", "sets", "timeouts", "owner", "conntrack", "reject", "source", "nflog",
     }  # fmt: skip
     assert len(probe.missing) == sum(not found for found in probe.capabilities.values())
     assert box.nft("list", "ruleset") == before

@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import re
+import resource
 import signal
 import socket
 import threading
@@ -215,6 +216,17 @@ def test_a_warden_that_was_frozen_with_the_whole_box_is_not_replaced(box):
     time.sleep(7.0)
     assert one.events("warden.silent") == []
     assert warden_pid(one) == frozen[1]
+
+
+def test_a_moment_without_descriptors_ends_no_keeper(box):
+    one = box().start()
+    keeper, first = one.named("initd-keeper"), warden_pid(one)
+    usual = resource.prlimit(keeper, resource.RLIMIT_NOFILE)
+    resource.prlimit(keeper, resource.RLIMIT_NOFILE, (3, usual[1]))
+    os.kill(first, signal.SIGKILL)
+    assert eventually(lambda: len(one.events("warden.ended")) >= 2), one.stderr
+    resource.prlimit(keeper, resource.RLIMIT_NOFILE, usual)
+    assert eventually(lambda: warden_pid(one) not in {0, first}), one.stderr
 
 
 def test_stopped_keeper_state_is_published(box):
