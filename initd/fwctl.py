@@ -153,6 +153,8 @@ def _check(arguments: argparse.Namespace) -> tuple[dict[str, Any], int]:
     from initd.settings import load  # noqa: PLC0415
 
     name = arguments.file or str(load(os.environ).policy)
+    if arguments.file is None and not os.path.lexists(name):
+        raise ConfigError(f"{name} is not there", hint="without it the built-in defaults are in force (docs/policy.md)")
     raw = sys.stdin.buffer.read(policy.MAX_BYTES + 1) if name == "-" else read_regular(Path(name), policy.MAX_BYTES)
     try:
         parsed = policy.parse(policy.decode(raw, file=name), file=name)
