@@ -84,9 +84,8 @@ class Keeper:
         parent: Channel,
     ) -> None:
         self._settings, self._argv, self._account, self._held, self._parent = settings, warden, account, held, parent
-        self._init = (
-            parent.maker
-        )  # not getppid(): that is its heir when it has died, and all below the heir is not ours
+        # Not getppid(): when it has died that is its heir, and what the heir has below it is not ours to end.
+        self._init = parent.maker
         self._pid: int | None = None
         self._channel: Channel | None = None
         self._generation = 0
