@@ -46,6 +46,11 @@ def prepare(settings: Settings) -> dict[str, Any]:
     warden, gid = warden_account(settings)
     for folder in (settings.run_dir, settings.state_dir):
         _folder(str(folder), settings.warden_user, gid)
+        if os.stat(folder).st_uid == settings.claude_uid:
+            raise PrivilegeError(
+                f"{folder} belongs to UID {settings.claude_uid}, and sessions must not write in it",
+                hint=f"let root or {settings.warden_user!r} own it: a named volume, or chown on the host",
+            )
     with drop.as_owner(str(settings.run_dir)):
         path = os.path.join(settings.run_dir, "ready")
         if os.path.lexists(path):  # `failed` stays until this start has succeeded: it is what sessions can read now

@@ -353,6 +353,7 @@ REFUSALS: dict[str, tuple[dict, Callable[[Box], None] | None]] = {
     "no-capabilities": ({"capabilities": []}, None),
     "no-user": ({}, without_user),
     "no-resolver": ({"resolv_conf": "# nothing\n"}, None),
+    "session-owns-state": ({}, lambda box: os.chown(box.state, box.config.uid, box.config.gid)),
     "warden-group": ({"env": {"CLAUDE_GID": "990"}}, None),
     "root-session": ({"env": {"CLAUDE_UID": "0"}}, None),
     "warden-session": ({"env": {"CLAUDE_UID": "990"}}, None),
@@ -374,7 +375,7 @@ def test_refuses_to_start(shared_lab: Lab, name: str) -> None:
 MEDDLE = {
     "xtables": """
 import subprocess
-rule = "-m conntrack --ctstate ESTABLISHED -j ACCEPT".split()
+rule = "-p udp -m conntrack --ctstate ESTABLISHED -j ACCEPT".split()
 while True:
     subprocess.run(["iptables-legacy", "-w", "-D", "INITD-OUTPUT", *rule], capture_output=True)
 """,
