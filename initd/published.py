@@ -41,11 +41,16 @@ def publish(run_dir: Path, contents: str, *, log: Log) -> None:
 
 
 def replace(path: Path, contents: str) -> None:
-    """Write a file that all may read, whole or not at all. Raises OSError."""
+    """Write a file that all may read, whole or not at all. Raises OSError.
+
+    No link is followed: a metrics file may lie where sessions write.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        temporary.write_text(contents, encoding="utf-8")
-        temporary.chmod(0o644)
+        temporary.unlink(missing_ok=True)
+        with temporary.open("x", encoding="utf-8") as file:
+            file.write(contents)
+            os.fchmod(file.fileno(), 0o644)
         temporary.replace(path)
     finally:
         with contextlib.suppress(OSError):
