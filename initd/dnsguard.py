@@ -272,7 +272,7 @@ class DnsGuard:
             return None
         self._counts.forwarded += 1
         self._pending[key] = [wait]
-        self._upstreams.ask(Question(*key, partial(self._arrived, key)))
+        self._upstreams.ask(Question(*key, partial(self._arrived, key), literal=judged.decision.literal))
         return None
 
     def _arrived(self, key: Key, answer: wire.Answer | None, reason: str) -> None:

@@ -68,8 +68,8 @@ class GuardOptions:
     """`local_names`: /etc/hosts, answered when listed. `own_names`: the box's own, answered always, opening nothing.
 
     `range_listed` says whether a special address lies in a range that the policy lists. Times are seconds, `cache`
-    bytes, `concurrency` questions in flight. With `audit` what is merely unlisted is asked upstream too, and opens
-    nothing by that.
+    bytes, `concurrency` questions in flight, a quarter of them for literally listed names alone. With `audit` what is
+    merely unlisted is asked upstream too, and opens nothing by that.
     """
 
     terms: Terms = field(default_factory=Terms)
