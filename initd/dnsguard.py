@@ -248,7 +248,7 @@ class DnsGuard:
         with contextlib.suppress(ValueError):
             judged = self._judge(name_wire(name))
             if judged.fate in _ASKED and learnable(address.packed, judged):
-                return _held(judged, (address,))
+                return judged.holding((address,))
         return Held(name, (address,), frozenset(), literal=False)
 
     def _want(self, key: Key, judged: Judged, wait: Callable[[Outcome], None]) -> Outcome | None:
@@ -257,7 +257,7 @@ class DnsGuard:
         entry = self._cache.find(key)
         if entry is not None and entry.expires > now:
             unchanged = entry.generation == self._generation
-            if unchanged or (entry.plain and _same(judged, entry.judged)):
+            if unchanged or (entry.plain and judged.same_as(entry.judged)):
                 self._counts.from_cache += 1
                 entry.judged = judged
                 return entry if (unchanged and now < entry.check) or self._admit(entry, now) else Failure("insert")
@@ -272,7 +272,7 @@ class DnsGuard:
             return None
         self._counts.forwarded += 1
         self._pending[key] = [wait]
-        self._upstreams.ask(Question(*key, partial(self._arrived, key)))
+        self._upstreams.ask(Question(*key, partial(self._arrived, key), literal=judged.decision.literal))
         return None
 
     def _arrived(self, key: Key, answer: wire.Answer | None, reason: str) -> None:
@@ -347,7 +347,7 @@ class DnsGuard:
         """
         left = max(entry.expires - now, 0.0)
         if entry.learned:
-            held = _held(entry.judged, entry.learned)
+            held = entry.judged.holding(entry.learned)
             done = self._learner.hold(held, lifetime=self._terms.lifetime(left), now=now)
             if done is None:  # the name is over its cap: an older answer's addresses may be gone
                 for qtype in _CARRIED:
@@ -376,10 +376,6 @@ class DnsGuard:
             self._keep(key, outcome, time.monotonic())
 
 
-def _held(judged: Judged, addresses: tuple[IPAddress, ...]) -> Held:
-    return Held(judged.name, addresses, judged.decision.services, judged.decision.literal)
-
-
 def _kept(judged: Judged) -> bool:
     """Whether the guard keeps asking for the name by itself."""
     return judged.fate is Fate.HOSTS or (judged.fate is Fate.FORWARD and judged.decision.literal)
@@ -387,13 +383,6 @@ def _kept(judged: Judged) -> bool:
 
 def _nobody(*_: object) -> None:
     """Nobody wants to know."""
-
-
-def _same(one: Judged, other: Judged) -> bool:
-    """Whether an answer that was taken under `other` stands under `one`; the lines that decide may have moved."""
-    return (one.fate, one.addresses, one.decision.services, one.decision.literal) == (
-        (other.fate, other.addresses, other.decision.services, other.decision.literal)
-    )
 
 
 def _rendered(data: bytes, query: wire.Query, port: Port, outcome: Outcome) -> bytes:

@@ -60,7 +60,7 @@ def _rendered(name: str, kind: str, words: str, samples: Iterable[Sample]) -> It
     yield f"# TYPE {name} {kind}"
     for labels, value in samples:
         inner = ",".join(f'{key}="{_escaped(text)}"' for key, text in labels.items())
-        yield f"{name}{{{inner}}} {value:g}" if inner else f"{name} {value:g}"
+        yield f"{name}{{{inner}}} {value:.15g}" if inner else f"{name} {value:.15g}"
 
 
 def _escaped(text: str) -> str:

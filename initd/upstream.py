@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 ATTEMPTS = 4
 WAITING = 4096
-"""Questions that may wait for one of the `concurrency` seats."""
+"""Questions of one lane that may wait for a seat."""
 
 AILING_AFTER = 2
 AILING_MOST = 30.0
@@ -100,6 +100,16 @@ class Attempt:
         self.sent = time.monotonic()
 
 
+class Lane:
+    """Questions of one kind: they begin while fewer than `seats` of all are on their way, else they wait."""
+
+    __slots__ = ("seats", "waiting")
+
+    def __init__(self, seats: int) -> None:
+        self.seats = seats
+        self.waiting: deque[Question] = deque()
+
+
 class Question:
     """One name and type on its way to an answer; `done(answer, reason)` is called exactly once.
 
@@ -108,11 +118,15 @@ class Question:
     """
 
     __slots__ = (
-        "attempts", "deadline", "done", "finished", "mask", "name", "plan", "refused", "streams", "timer", "type",
+        "attempts", "deadline", "done", "finished", "literal", "mask", "name", "plan", "refused", "streams", "timer",
+        "type",
     )  # fmt: skip
 
-    def __init__(self, name: bytes, qtype: int, done: Callable[[wire.Answer | None, str], None]) -> None:
+    def __init__(
+        self, name: bytes, qtype: int, done: Callable[[wire.Answer | None, str], None], *, literal: bool
+    ) -> None:
         self.name = name
+        self.literal = literal
         self.type = qtype
         self.mask = case_mask(name)
         self.done = done
@@ -130,11 +144,11 @@ class Upstreams:
 
     def __init__(self, endpoints: Iterable[Endpoint], options: GuardOptions, *, log: Log, loud: Throttle) -> None:
         self._within = options.answer_within
-        self._concurrency = options.concurrency
+        # Whoever owns a zone below a wildcard can leave any number of questions unanswered.
+        self._listed, self._others = Lane(options.concurrency), Lane(options.concurrency * 3 // 4)
         self._log = log
         self._loud = loud
         self._active: set[Question] = set()
-        self._waiting: deque[Question] = deque()
         self._seating = False
         self._tasks: set[asyncio.Task[None]] = set()
         self._latencies: deque[float] = deque(maxlen=2048)
@@ -158,24 +172,25 @@ class Upstreams:
     def ask(self, question: Question) -> None:
         """Begin; `done` may be called before this returns."""
         loop = asyncio.get_running_loop()
+        lane = self._listed if question.literal else self._others
         question.deadline = time.monotonic() + self._within
-        if len(self._active) < self._concurrency:
+        if len(self._active) < lane.seats:
             self._begin(question)
-        elif len(self._waiting) < WAITING:
+        elif len(lane.waiting) < WAITING:
             question.timer = loop.call_later(self._within, self._finish, question, None, "timeout")
-            self._waiting.append(question)
+            lane.waiting.append(question)
         else:
             self._finish(question, None, "overload")
 
     def withdraw(self, unwanted: Callable[[bytes], bool]) -> None:
         """End each question for an unwanted name, so that nothing more is sent for it."""
-        for question in [*self._waiting, *self._active]:  # the waiting first: an end gives its seat away
+        for question in [*self._listed.waiting, *self._others.waiting, *self._active]:  # an end gives its seat away
             if unwanted(question.name):
                 self._finish(question, None, "withdrawn")
 
     async def close(self) -> None:
         """End every question as a failure."""
-        for question in [*self._active, *self._waiting]:
+        for question in [*self._active, *self._listed.waiting, *self._others.waiting]:
             self._finish(question, None, "stopped")
         for task in list(self._tasks):
             task.cancel()
@@ -351,10 +366,11 @@ class Upstreams:
             return
         self._seating = True
         try:
-            while self._waiting and len(self._active) < self._concurrency:
-                waiting = self._waiting.popleft()
-                if not waiting.finished:
-                    self._begin(waiting)
+            for lane in (self._listed, self._others):
+                while lane.waiting and len(self._active) < lane.seats:
+                    waiting = lane.waiting.popleft()
+                    if not waiting.finished:
+                        self._begin(waiting)
         finally:
             self._seating = False
 

@@ -13,7 +13,7 @@ from enum import Enum
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network
 from typing import TYPE_CHECKING, NamedTuple
 
-from initd.core.leases import Terms
+from initd.core.leases import Held, Terms
 from initd.core.policy import Decision, Verdict
 from initd.core.special import SPECIAL4, SPECIAL6
 from initd.core.wire import MAX_NAME, NOERROR, ROOT, TYPE_A, Answer
@@ -68,8 +68,8 @@ class GuardOptions:
     """`local_names`: /etc/hosts, answered when listed. `own_names`: the box's own, answered always, opening nothing.
 
     `range_listed` says whether a special address lies in a range that the policy lists. Times are seconds, `cache`
-    bytes, `concurrency` questions in flight. With `audit` what is merely unlisted is asked upstream too, and opens
-    nothing by that.
+    bytes, `concurrency` questions in flight, a quarter of them for literally listed names alone. With `audit` what is
+    merely unlisted is asked upstream too, and opens nothing by that.
     """
 
     terms: Terms = field(default_factory=Terms)
@@ -99,6 +99,16 @@ class Judged(NamedTuple):
     fate: Fate
     decision: Decision
     addresses: tuple[IPAddress, ...] = ()
+
+    def same_as(self, other: Judged) -> bool:
+        """Whether an answer that was taken under `other` stands under this; the lines that decide may have moved."""
+        return (self.fate, self.addresses, self.decision.services, self.decision.literal) == (
+            (other.fate, other.addresses, other.decision.services, other.decision.literal)
+        )
+
+    def holding(self, addresses: tuple[IPAddress, ...]) -> Held:
+        """What the name may open at `addresses`."""
+        return Held(self.name, addresses, self.decision.services, self.decision.literal)
 
 
 _UNLISTED = Decision(Verdict.UNLISTED, frozenset(), (), literal=False)

@@ -116,6 +116,7 @@ def test_a_reload_is_in_force_and_says_so_where_open_connections_cannot_be_seen(
     async def steps(bench: Bench):
         with monkeypatch.context() as patch:
             patch.setattr(conntrack, "flows", unseen)
+            await bench.live.close_strangers()  # as a start does
             done = await bench.live.reload(NEW, may_widen=True, within=1.0)
         then = bench.live.unrevoked
         refused, listed = tries([("tcp", LISTED4), ("tcp", "203.0.113.77")])

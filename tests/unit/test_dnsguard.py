@@ -383,6 +383,17 @@ class TestUpstream:
             assert got.seconds < 0.6
 
     @scenario
+    async def test_names_below_a_wildcard_that_nobody_answers_for_keep_no_listed_name_waiting(self):
+        async with guarded(concurrency=8, answer_within=1.0) as lab:
+            lab.upstream.handler = lambda data, _: [] if b"wild" in data.lower() else None
+            slow = [asyncio.create_task(lab.ask(f"{number}.wild.example")) for number in range(200)]
+            await asyncio.sleep(0.1)
+            quick = await asyncio.gather(*(lab.ask(name) for name in ("four.example", "site.example", "big.example")))
+            assert all(one.addresses for one in quick)
+            assert max(one.seconds for one in quick) < 0.5
+            assert {one.rcode for one in await asyncio.gather(*slow)} == {"SERVFAIL"}
+
+    @scenario
     async def test_a_server_that_has_failed_for_long_is_asked_again_when_it_is_back(self):
         async with guarded(answer_within=0.4) as lab:
             lab.upstream.handler = lambda *_: []

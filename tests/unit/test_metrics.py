@@ -15,8 +15,8 @@ STATUS = {
     "refused": {"unlisted": 5, "special": 1},
     "refusals": {"hour": 6, "lost": 0},
     "guard": {
-        "queries": 9, "from_cache": 4, "forwarded": 3, "refused": 2, "failed": 0, "malformed": 0, "insert_failures": 0,
-        "leases": 3, "upstream_p50": 12.5, "upstream_p99": 80.0,
+        "queries": 12_345_678, "from_cache": 4, "forwarded": 3, "refused": 2, "failed": 0, "malformed": 0,
+        "insert_failures": 0, "leases": 3, "upstream_p50": 12.5, "upstream_p99": 80.0,
         "upstreams": [{"server": '1.1.1.1 "a\\b\n', "ailing": True}],
     },
     "warnings": ["one"],
@@ -44,6 +44,7 @@ def test_every_line_is_of_the_format_and_every_family_declared_once():
     [
         'initd_info{version="1.0",backend="nftables",mode="enforce"} 1',
         "initd_enforcing 1",
+        "initd_dns_queries_total 12345678",
         'initd_packets_refused_total{reason="unlisted"} 5',
         'initd_dns_upstream_seconds{quantile="0.5"} 0.0125',
         r'initd_dns_upstream_up{server="1.1.1.1 \"a\\b\n"} 0',
