@@ -169,6 +169,18 @@ def test_leak(history: History, one: Packet) -> None:
     assert history.leak(one)
 
 
+def test_an_outage_prolongs_the_last_answer_and_no_older_one(history: History) -> None:
+    for begin, end in ((38, 42), (70, 80)):
+        history.dns_bad.begin(begin)
+        history.dns_bad.end(end)
+    assert history.leak(packet("203.0.113.100", at=169)) is None, "42 + 30, within which the next begins: 80 + 30 + 60"
+    assert history.leak(packet("203.0.113.100", at=171))
+    history.give({"203.0.113.102"}, 180, among=("203.0.113.101", "203.0.113.102"))
+    history.dns_bad.begin(190)
+    assert history.leak(packet("203.0.113.101", at=239)) is None
+    assert history.leak(packet("203.0.113.101", at=241)), "there was time to ask again before the outage"
+
+
 @pytest.mark.parametrize(
     ("name", "at", "leaks"),
     [

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from initd.dnsguard import STALE_TTL
 from tests.support.remote import RESOLVER4, SILENT4, THIRD4
 from tests.support.zone import Entry
 
@@ -31,6 +32,9 @@ WEB = frozenset({443, 80, 22})
 FLOOR, GRACE = 3, 3  # INITD_DNS_FLOOR and INITD_DNS_GRACE: learned addresses are to expire during the run
 RETIRED = 60.0
 """Seconds after which an address that a name has left must be refused: TTL, floor, grace, two sweeps and a margin."""
+
+STALE = STALE_TTL
+"""Seconds for which the guard gives its last answer again, and asks nobody, when no resolver answered (RFC 8767)."""
 
 MARGIN = 0.5
 """Seconds within which a packet counts as sent before a change: time stamps are taken at the far end of the cable."""
@@ -162,13 +166,24 @@ class History:
         if ":" not in packet.dst and ipaddress.ip_address(packet.dst) in ipaddress.ip_network(RANGE) and service == 443:
             return None
         if packet.dst in self.given and service in WEB:
-            recent = self.given[packet.dst].touch(packet.at - RETIRED, packet.at)
+            recent = packet.at <= self._answered_until(packet.dst, packet.at) + RETIRED
             return None if recent else f"{where}: DNS gave it {RETIRED:.0f} s ago or never"
         if packet.dst in self._owner and service in WEB:
             name = self._owner[packet.dst]
             listed = self.maybe[name].touch(packet.at - MARGIN, packet.at + MARGIN)
             return None if listed else f"{where}: {name} was not listed"
         return f"{where}: unlisted"
+
+    def _answered_until(self, address: str, at: float) -> float:
+        """When the guard can have answered with a rotating address last, as far as was known `at` that time.
+
+        An outage that begins before it has asked again prolongs its last answer, and the next one may do so again.
+        """
+        until = max((min(end, at) for begin, end in self.given[address].spans if begin <= at), default=-math.inf)
+        for begin, end in self.dns_bad.spans:
+            if begin <= min(until + SETTLE, at):
+                until = max(until, min(end, at) + STALE)
+        return until
 
     def leaked_question(self, query: Logged) -> str | None:
         """Why a question should not have gone upstream, or None."""
