@@ -71,13 +71,17 @@ class InForce:
     """One policy with what follows from it; replaced as a whole."""
 
     loaded: Loaded
-    lookup: Lookup
     ruleset: Ruleset
 
     @property
     def policy(self) -> Policy:
         """The policy itself."""
         return self.loaded.policy
+
+    @property
+    def lookup(self) -> Lookup:
+        """Its decisions."""
+        return self.loaded.lookup
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +260,6 @@ class Live:
 
     async def _put(self, loaded: Loaded, enforce: Callable[[Ruleset], None]) -> tuple[str, ...]:
         policy = loaded.policy
-        lookup = policy.lookup()
         ruleset = self._compile(policy)
         if self.now is None or ruleset != self.now.ruleset:
             started = time.monotonic()
@@ -272,13 +275,13 @@ class Live:
                 entries=len(ruleset.static) + len(ruleset.private),
                 ms=round((time.monotonic() - started) * 1000, 1),
             )
-        before, self.now = self.now, InForce(loaded, lookup, ruleset)
+        before, self.now = self.now, InForce(loaded, ruleset)
         words = text(policy, loaded.source, audit=ruleset.audit is not None)
         publish(self.parts.settings.run_dir, words, log=self.parts.log)
         names = {lease.address: lease.name for lease in self.parts.guard.leases}
         options = guard_options(self.parts.settings, policy, chain.from_iterable(self._networks().values()))
         options = replace(options, audit=ruleset.audit is not None)
-        self.parts.guard.set_policy(lookup.decide, options=None if options == self._options else options)
+        self.parts.guard.set_policy(loaded.lookup.decide, options=None if options == self._options else options)
         self._options = options
         return () if before is None else await self._revoke(ruleset, names, strays=before.policy != policy)
 

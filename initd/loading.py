@@ -14,7 +14,7 @@ from initd.files import mount_points, read_regular
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from initd.core.policy import Policy
+    from initd.core.policy import Lookup, Policy
     from initd.settings import Settings
 
 DEFAULTS = "built-in defaults"
@@ -22,16 +22,21 @@ DEFAULTS = "built-in defaults"
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A policy, the text it was parsed from, and where that came from: the file's path, or `DEFAULTS`."""
+    """A policy, the text it was parsed from, and where that came from: the file's path, or `DEFAULTS`.
+
+    `lookup` is made with it, because whoever parses a long policy does so away from the loop that answers DNS.
+    """
 
     policy: Policy
     text: str
     source: str
+    lookup: Lookup
 
     @classmethod
     def parse(cls, text: str, source: str) -> Self:
         """PolicyError with every bad line, each naming `source`."""
-        return cls(policy.parse(text, file=source), text, source)
+        parsed = policy.parse(text, file=source)
+        return cls(parsed, text, source, parsed.lookup())
 
 
 def load_policy(settings: Settings) -> Loaded:

@@ -53,7 +53,7 @@ async def _serve(settings: Settings, handover: Handover, *, backend: Backend, pr
     resolv = ResolvConf(handover.resolv, saved=saved.upstreams if saved else ())
     guard = DnsGuard(
         upstreams=resolv.upstreams,
-        decide=loaded.policy.lookup().decide,
+        decide=loaded.lookup.decide,
         backend=backend,
         options=guard_options(settings, loaded.policy, ()),
         log=log,

@@ -138,7 +138,7 @@ class Upkeep:
         """Write the state for people and for the next warden, when anything but the passing of time changed it."""
         live = self._live
         guard = live.parts.guard
-        mark = (live.in_force, live.feeds, live.upstreams, guard.stats().counts.forwarded, len(guard.leases))
+        mark = (live.in_force, dict(live.feeds), live.upstreams, guard.stats().counts.forwarded, len(guard.leases))
         if mark == self._written:
             return
         began = time.monotonic()
