@@ -40,7 +40,7 @@ lint: setup  ## ruff, mypy strict, import contracts
 	$(BIN)/lint-imports
 
 bench: setup  ## measure beside peers in one run; docs/benchmarks.md says how to read it
-	@sh tests/support/packages.sh $(TESTS)
+	@sh tests/support/packages.sh $(TESTS) bind9-dnsutils
 	$(BIN)/python -m bench
 
 docs: setup $(VENV)/.tools  ## write the generated pages again

@@ -8,7 +8,7 @@ import sys
 from datetime import UTC, datetime
 from pathlib import Path
 
-BENCHES = ("boot", "rules", "flows", "dns")
+BENCHES = ("boot", "script", "rules", "flows", "dns")
 PAGE = Path("docs/benchmarks.md")
 
 INTRO = """\
