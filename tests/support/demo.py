@@ -40,7 +40,9 @@ LATE, LATE_FIRST, LATE_SECOND = "added-later.example", "203.0.113.200", "203.0.1
 UNLISTED, UNLISTED4, UNLISTED6 = "unlisted.example", "203.0.113.240", "2001:db8:2::240"
 METADATA = "169.254.169.254"
 ORPHANS = 2000
-SLOW_DNS = 0.5  # seconds that the first answers take, so that there is time to try a box that starts
+SLOW_DNS = (0.5, 1.0, 2.0)
+"""Seconds that the first answers take, so that there is time to try a box that starts: a busy machine needs more."""
+
 FAST = 250.0  # ms; a refusal that takes longer is a time-out
 _MARGIN = " " * len("  0.00 s  ok  ")
 _PATIENCE = 30.0  # seconds for anything that has to happen
@@ -61,6 +63,7 @@ class Story:
     reachable: set[str] = field(default_factory=set)  # addresses that packets may go to
     download: Session | None = None
     talk: Session | None = None
+    slow_dns: float = 0.0  # what the start that was tried had to wait for
 
 
 def expect(condition: object, otherwise: str) -> None:
@@ -96,12 +99,19 @@ def internet(story: Story) -> str:
 
 def lockdown(story: Story) -> str:
     """Try the box while it waits for its first answers."""
-    story.lab.dns.latency(SLOW_DNS)
-    story.box.start(wait=False)
-    wait_for(lambda: story.lab.dns.queries() or not story.box.running, "the first question to the resolver")
-    expect(story.box.running, "the box has ended")
     address = next(iter(sorted(story.reachable - {RESOLVER4})))
-    tried = attempt(story.box, ("tcp", address, 443))
+    for seconds in SLOW_DNS:
+        story.slow_dns = seconds
+        story.lab.clear()
+        story.lab.dns.latency(seconds)
+        story.box.start(wait=False)
+        wait_for(lambda: story.lab.dns.queries() or not story.box.running, "the first question to the resolver")
+        expect(story.box.running, "the box has ended")
+        begin = time.monotonic()
+        tried = attempt(story.box, ("tcp", address, 443))
+        if time.monotonic() - begin < seconds or seconds == SLOW_DNS[-1]:
+            break
+        story.box.stop()  # it had its answers before it could be tried
     early = story.box.ready
     story.lab.dns.latency(0.0)
     expect(not early, "the box was ready before it could be tried")
@@ -123,7 +133,7 @@ def ready(story: Story) -> str:
         f"policy read, resolved, enforced, read back from the kernel: {policy['names']} names, "
         f"{policy['wildcards']} wildcards and {policy['feeds']} feed are now {rules['static']} ranges and "
         f"{rules['learned']} addresses with ports ({status['backend']}); ready {took:.2f} s after exec, of which the "
-        f"lab's DNS was made to take {SLOW_DNS} s"
+        f"lab's DNS was made to take {story.slow_dns} s"
     )
 
 

@@ -390,7 +390,7 @@ class TestUpstream:
             await asyncio.sleep(0.1)
             quick = await asyncio.gather(*(lab.ask(name) for name in ("four.example", "site.example", "big.example")))
             assert all(one.addresses for one in quick)
-            assert max(one.seconds for one in quick) < 0.5
+            assert max(one.seconds for one in quick) < 0.9  # a seat is held for 1.0 s
             assert {one.rcode for one in await asyncio.gather(*slow)} == {"SERVFAIL"}
 
     @scenario
