@@ -43,8 +43,9 @@ bench: setup  ## measure beside peers in one run; docs/benchmarks.md says how to
 	@sh tests/support/packages.sh $(TESTS) bind9-dnsutils
 	$(BIN)/python -m bench
 
-docs: setup $(VENV)/.tools  ## write the generated pages again
-	@sh tests/support/packages.sh $(TOOLS)
+docs: setup $(VENV)/.tools  ## write the generated pages again, in a few minutes of a quiet machine
+	@sh tests/support/packages.sh $(TESTS) $(TOOLS)
+	$(BIN)/python -m tests.pid1.matrix > docs/init.md
 	$(BIN)/python -m tests.support.fwctl_docs > docs/fwctl.md
 	$(BIN)/python -m tests.support.transcript
 	$(BIN)/python -m tests.support.tools_page
