@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,10 +50,11 @@ def _missing(mark: str) -> str | None:
 def pytest_configure(config: pytest.Config) -> None:
     """A temporary folder of our own: the one that sessions share is shut to other users by each that begins.
 
-    (TempPathFactory.getbasetemp.) Many processes under test are other users, and open files there at any time.
+    (TempPathFactory.getbasetemp.) Many processes under test are other users, and open files there at any time. By its
+    name the next lab knows what a session that was killed has left.
     """
     if config.option.basetemp is None:
-        config.option.basetemp = tempfile.mkdtemp(prefix="initd-tests-")
+        config.option.basetemp = str(namespaces.DIRECTORY / namespaces.unique("tests"))
         config.add_cleanup(functools.partial(shutil.rmtree, config.option.basetemp, ignore_errors=True))
 
 
@@ -121,7 +121,7 @@ def no_leftovers(request: pytest.FixtureRequest) -> Iterator[None]:
     while (left := _children() - before) and time.monotonic() < until:
         time.sleep(0.01)
     assert not left, f"processes left behind: {left}"
-    kept = {path for path in namespaces.leftovers() if "-ca-" not in path and "-copy-" not in path}
+    kept = {path for path in namespaces.leftovers() if not any(f"-{one}-" in path for one in ("ca", "copy", "tests"))}
     assert kept <= things, f"left behind: {kept - things}"
 
 
