@@ -15,12 +15,8 @@ import time
 from pathlib import Path
 
 
-def main() -> int:  # noqa: C901, PLR0915  # read top to bottom
-    mode = sys.argv[1] if len(sys.argv) > 1 else "good"
-    keeper = socket.socket(fileno=int(os.environ["INITD_KEEPER_FD"]))
-    run_dir = os.environ["INITD_RUN_DIR"]
-    generation = int(os.environ["INITD_GENERATION"])
-    descriptors = sorted(int(fd) for fd in os.listdir("/proc/self/fd"))
+def write_down(run_dir: str, generation: int, descriptors: list[int]) -> None:
+    """What a test may want to know about this warden."""
     with open(f"{run_dir}/warden.{generation}", "w") as file:
         json.dump(
             {
@@ -34,6 +30,14 @@ def main() -> int:  # noqa: C901, PLR0915  # read top to bottom
             },
             file,
         )
+
+
+def main() -> int:  # noqa: C901  # read top to bottom
+    mode = sys.argv[1] if len(sys.argv) > 1 else "good"
+    keeper = socket.socket(fileno=int(os.environ["INITD_KEEPER_FD"]))
+    run_dir = os.environ["INITD_RUN_DIR"]
+    generation = int(os.environ["INITD_GENERATION"])
+    write_down(run_dir, generation, sorted(int(fd) for fd in os.listdir("/proc/self/fd")))
 
     def send(**message):
         keeper.send(json.dumps(message).encode())

@@ -6,7 +6,7 @@ import pytest
 
 from initd import narrative
 
-ROWS = [("registry.npmjs.org:443/tcp", "12", "not listed", "claude, pid 7: node a-rather-long-command-line --verbose")]
+ROWS = [("packages.a.example:443/tcp", "12", "not listed", "claude, pid 7: node a-rather-long-command-line --verbose")]
 
 
 def table(width: int | None, *, wrap: bool = False) -> list[str]:
