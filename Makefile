@@ -23,7 +23,7 @@ demo: setup  ## show the product at work, about 15 s (INTERACTIVE=1 ends in a sh
 
 test: setup lint $(VENV)/.tools  ## run everything; without root what can be run (REQUIRE=all turns a skip into a failure)
 	@sh tests/support/packages.sh $(if $(REQUIRE),,--optional) $(TESTS) $(TOOLS)
-	$(BIN)/python -m pytest $(if $(REQUIRE),--require=$(REQUIRE))
+	@$(BIN)/python -m tests.support.halves $(if $(REQUIRE),--require=$(REQUIRE))
 
 test-vm: setup  ## boot Debian 12's and 13's kernels and run the kernel tests there, about 15 min (docs/portability.md)
 	@sh tests/support/packages.sh cpio debootstrap kmod qemu-system-x86 zstd
