@@ -22,6 +22,7 @@ from ipaddress import IPv4Address, IPv4Network
 from pathlib import Path
 from typing import NamedTuple
 
+from initd.core import leases
 from initd.core.policy import parse
 from initd.core.ruleset import Element, Endpoint, Ruleset
 from initd.core.wire import TYPE_A, build_query, scan_answer
@@ -34,7 +35,7 @@ from initd.kernel.select import pick
 HERE = Path(__file__).parent
 UPSTREAM, GUARD, PEER = 5300, 5301, 5302
 RUNS, WINDOW, NAMES = 5, 64, 100
-LATENCY_COUNT, RATE_COUNT, SET_COUNT = 2000, 10000, 300  # in all less than 65,536 names, the bound of leases
+LATENCY_COUNT, RATE_COUNT, SET_COUNT = 2000, 10000, 300
 TEST = 11
 """IPSET_CMD_TEST (linux/netfilter/ipset/ip_set.h)."""
 
@@ -58,6 +59,7 @@ class Figures(NamedTuple):
 
 def guard() -> None:
     """The guard alone, with a real backend, until it is killed."""
+    leases.WILD_MOST = 1 << 30  # the load makes up more names than those below wildcards may hold
     backend, _ = pick(os.environ.get("INITD_BACKEND", "xtables"))
     backend.apply(Ruleset(warden_uid=os.getuid()))
 
