@@ -1,4 +1,4 @@
-"""Beside a script that resolves once, as most containers have one today: `python -m bench.script`, as root.
+"""Beside a script that resolves once, as many are copied from project to project: `python -m bench.script`, as root.
 
 The script is written anew here and does the least that such scripts do: it asks for each name with dig, puts the
 addresses into an ipset and refuses the rest of IPv4. That it neither verifies nor looks after IPv6 and DNS counts in
@@ -24,7 +24,8 @@ INTRO = f"""\
 ## Beside a script that resolves once
 
 Seconds to ready, {LATENCY * 1000:.0f} ms per DNS answer, medians of {RUNS} runs in turns. The script is of the kind
-that most containers have: dig, ipset, iptables, for IPv4 alone and without a look whether it works (`bench/script.py`).
+that is copied from project to project: dig, ipset, iptables, for IPv4 alone and without a look
+whether it works (`bench/script.py`).
 `initd` rules IPv6 and DNS as well, reads back what the kernel holds and tries as a session before it is ready.
 """
 SCRIPT = """

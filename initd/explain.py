@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from initd.core.names import NameFaultError, to_ascii
 from initd.core.policy import Service, Verdict
+from initd.core.ruleset import ENGINE_DNS
 from initd.core.special import special_of
 from initd.errors import UsageError
 
@@ -18,9 +19,6 @@ if TYPE_CHECKING:
     from initd.core.ruleset import IPAddress
 
 _PORT = re.compile("[0-9]{0,5}")
-
-ENGINE_DNS = ip_address("127.0.0.11")
-"""The one loopback address that is not for everybody."""
 
 OWN = "the box itself: loopback is open, and needs no line"
 
@@ -85,7 +83,7 @@ def _name(host: str, service: Service, lookup: Lookup) -> dict[str, Any]:
 
 
 def _address(address: IPAddress, service: Service, lookup: Lookup, allowed: Membership) -> dict[str, Any]:
-    if address.is_loopback and address != ENGINE_DNS:
+    if address.is_loopback and address != ENGINE_DNS:  # the one that is not for everybody
         return _answer(str(address), service, allowed=True, reason=OWN, lines=())
     origins = lookup.decide_address(address, service)
     if allowed.holds(address, service.proto, service.port):

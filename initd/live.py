@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, ParamSpec, TypeVar
 from initd import audit, memory
 from initd.core.membership import Membership
 from initd.core.policy import Feed, changes, widens
-from initd.core.ruleset import Element, Ruleset, Surroundings, compile_ruleset
+from initd.core.ruleset import ENGINE_DNS, Element, Ruleset, Surroundings, compile_ruleset
 from initd.core.special import special_of
 from initd.errors import EnforcementError, InitdError, PrivilegeError
 from initd.kernel import conntrack
@@ -41,9 +41,6 @@ if TYPE_CHECKING:
     from initd.loading import Loaded
     from initd.logs import Log
     from initd.settings import Settings
-
-ENGINE_DNS = "127.0.0.11"
-"""Docker's embedded resolver (libnetwork, resolver.go)."""
 
 DNS = 53
 
@@ -321,7 +318,7 @@ class Live:
         around = Surroundings(
             warden_uid=os.getuid(),
             upstreams=self.upstreams,
-            engine_dns=any(str(endpoint.address) == ENGINE_DNS for endpoint in self.upstreams),
+            engine_dns=any(endpoint.address == ENGINE_DNS for endpoint in self.upstreams),
             subnets=frozenset(neighbourhood().subnets),
             log=self.parts.probe.capabilities["nflog"],
             audit=self.audit.end if self.audit is not None and self.auditing else None,

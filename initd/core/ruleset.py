@@ -46,6 +46,9 @@ class Element(NamedTuple):
     port: int
 
 
+ENGINE_DNS = IPv4Address("127.0.0.11")
+"""Docker's embedded resolver, in the network namespace of each container of a user-defined network (resolver.go)."""
+
 LEARNED_MOST = 1 << 18
 """Elements that a learned set must have room for (`core.leases.WILD_MOST` says why so many); nothing is reserved."""
 

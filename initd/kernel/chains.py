@@ -6,8 +6,10 @@ A `Rule` says itself in the words of iptables-save(8), and in steps that python-
 from __future__ import annotations
 
 from dataclasses import dataclass
-from ipaddress import IPv4Address, IPv4Network, IPv6Network, ip_network
+from ipaddress import IPv4Network, IPv6Network, ip_network
 from typing import TYPE_CHECKING
+
+from initd.core.ruleset import ENGINE_DNS
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
 HOOKS = {"OUTPUT": "INITD-OUTPUT", "INPUT": "INITD-INPUT", "FORWARD": "INITD-FORWARD"}
 """Built-in chain → ours, hooked first in it."""
 
-ENGINE_DNS = IPv4Network("127.0.0.11/32")
+ENGINE = ip_network(ENGINE_DNS)
 """Docker's embedded resolver. Its DNAT has already rewritten port 53 when filter OUTPUT runs."""
 
 NFLOG_GROUP = 1
@@ -80,7 +82,7 @@ def lockdown(version: int, warden_uid: int) -> Chains:
     discovery = _discovery(version)
     engine: list[Rule] = []
     if version == 4:
-        engine = [_owned(warden_uid, destination=ENGINE_DNS), *_reject(4, destination=ENGINE_DNS)]
+        engine = [_owned(warden_uid, destination=ENGINE), *_reject(4, destination=ENGINE)]
     return {
         HOOKS["OUTPUT"]: (*discovery, *_OURS, *engine, _loopback(version), *_reject(version)),
         HOOKS["INPUT"]: (Rule("ACCEPT", inside="lo"), *discovery, *_reject(version)),
@@ -97,7 +99,7 @@ def chains(version: int, ruleset: Ruleset) -> Chains:
         *((_STAND_IN,) if version == 4 else ()),
         *_warden(version, ruleset),
         *(_owned(0, proto=proto, port=53) for proto in ("udp", "tcp") if ruleset.engine_dns),
-        *(_reject(4, destination=ENGINE_DNS) if version == 4 else ()),
+        *(_reject(4, destination=ENGINE) if version == 4 else ()),
         _loopback(version),
         *_no_riding(version, log=ruleset.log),
         *_going_on(version),
@@ -152,7 +154,7 @@ Dropped: a refusal would go to that source, and quote what was sent. But the res
 the refused went, and no reset begins a flow (nf_conntrack_proto_tcp.c, tcp_conntracks).
 """
 
-_STAND_IN = Rule("DROP", source=ENGINE_DNS, matches=(("conntrack", (("ctdir", ("ORIGINAL",)),)),))
+_STAND_IN = Rule("DROP", source=ENGINE, matches=(("conntrack", (("ctdir", ("ORIGINAL",)),)),))
 """The engine's resolver only answers, and from another port than 53.
 
 Whoever sent from 127.0.0.11:53 to ports that the warden will ask from would have connection tracking take its questions
@@ -171,12 +173,11 @@ def _discovery(version: int) -> tuple[Rule, ...]:
 
 def _warden(version: int, ruleset: Ruleset) -> Iterator[Rule]:
     uid = ruleset.warden_uid
-    engine = IPv4Address("127.0.0.11")
     upstreams = sorted(one for one in ruleset.upstreams if one.address.version == version)
-    for address in dict.fromkeys(one.address for one in upstreams if one.address == engine):
+    for address in dict.fromkeys(one.address for one in upstreams if one.address == ENGINE_DNS):
         yield _owned(uid, destination=_single(address))
     for upstream in upstreams:
-        if upstream.address != engine:
+        if upstream.address != ENGINE_DNS:
             for proto in ("udp", "tcp"):
                 yield _owned(uid, destination=_single(upstream.address), proto=proto, port=upstream.port)
 

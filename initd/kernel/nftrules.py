@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from initd.core.ruleset import LEARNED_MOST
+from initd.core.ruleset import ENGINE_DNS, LEARNED_MOST
 from initd.core.special import SPECIAL4, SPECIAL6
 
 if TYPE_CHECKING:
@@ -25,7 +25,6 @@ CHAINS: Mapping[str, str] = {
 }
 """Chain → its declaration. The policy is reached only when somebody empties the chain: then the box is shut."""
 
-ENGINE_DNS = "127.0.0.11"
 _FAMILIES = ((4, "ip"), (6, "ip6"))
 _NEIGHBOUR = "icmpv6 type { nd-neighbor-advert, nd-neighbor-solicit, nd-router-advert, nd-router-solicit } accept"
 _OURS = ('oifname "lo" tcp flags rst accept', 'fib saddr type != local counter name "unlisted" drop')
@@ -112,10 +111,10 @@ def _family(address: IPAddress | IPNetwork) -> str:
 def _warden(ruleset: Ruleset) -> Iterator[str]:
     """The warden's own ways out. Docker has rewritten port 53 of its resolver before this hook (nat, -100)."""
     who = f"meta skuid {ruleset.warden_uid}"
-    if any(str(end.address) == ENGINE_DNS for end in ruleset.upstreams):
+    if any(end.address == ENGINE_DNS for end in ruleset.upstreams):
         yield f"{who} ip daddr {ENGINE_DNS} accept"
     for end in sorted(ruleset.upstreams):
-        if str(end.address) != ENGINE_DNS:
+        if end.address != ENGINE_DNS:
             where = f"{_family(end.address)} daddr {end.address}"
             yield f"{who} {where} meta l4proto {{ 6, 17 }} th dport {end.port} accept"
 

@@ -251,7 +251,7 @@ def _ours(text: str) -> dict[str, tuple[str, ...]]:
 def _reason(chain: str, rule: str) -> str:
     if chain != rules.HOOKS["OUTPUT"]:
         return "input" if chain == rules.HOOKS["INPUT"] else "forward"
-    if f" {rules.ENGINE_DNS} " in rule:
+    if f" {rules.ENGINE} " in rule:
         return "dns"
     return "special" if "-special " in rule else "unlisted"
 

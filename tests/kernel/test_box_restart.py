@@ -18,6 +18,8 @@ from tests.support.https_server import Meta
 from tests.support.zone import Entry
 
 if TYPE_CHECKING:
+    import subprocess
+
     from tests.support.box import Box, Session
     from tests.support.lab import Lab
 
@@ -230,15 +232,21 @@ def test_killed_under_query_load(lab: Lab) -> None:
     assert asked <= set(names), "and nothing unlisted was asked"
 
 
-def test_a_connection_outlives_its_lease_and_nothing_else_does(lab: Lab) -> None:
-    """Learned for TTL, floor and grace; kept while something is connected; refused after that."""
-    lab.dns.set("*.wild.example", {"A": "203.0.113.77"}, ttl=1)
-    lab.dns.set("unused.wild.example", {"A": "203.0.113.78"}, ttl=1)
+def talking(lab: Lab) -> tuple[Box, subprocess.Popen[bytes]]:
+    """A box whose leases are short, and a connection in it to a name below a wildcard."""
     box = lab.box(policy="*.wild.example\n", env={"INITD_DNS_FLOOR": "1", "INITD_DNS_GRACE": "2"})
     box.start()
     talk = box.popen(client("talk", "a.wild.example", "22"))
     assert talk.stdout is not None
     assert talk.stdout.readline() == b"open\n"
+    return box, talk
+
+
+def test_a_connection_outlives_its_lease_and_nothing_else_does(lab: Lab) -> None:
+    """Learned for TTL, floor and grace; kept while something is connected; refused after that."""
+    lab.dns.set("*.wild.example", {"A": "203.0.113.77"}, ttl=1)
+    lab.dns.set("unused.wild.example", {"A": "203.0.113.78"}, ttl=1)
+    box, talk = talking(lab)
     used, unused = ("tcp", "203.0.113.77", 443), ("tcp", "203.0.113.78", 443)
     tried = attempt_all(box, [("tcp", "unused.wild.example", 443), unused])
     assert [one.error for one in tried] == [None, None], "while its lease lasts"
@@ -256,11 +264,7 @@ def test_a_connection_outlives_its_lease_and_nothing_else_does(lab: Lab) -> None
 def test_a_connection_that_outlives_its_lease_outlives_the_warden_too(lab: Lab) -> None:
     """Nobody asks for the name any more, so what was written down of its lease is old."""
     lab.dns.set("*.wild.example", {"A": "203.0.113.77"}, ttl=1)
-    box = lab.box(policy="*.wild.example\n", env={"INITD_DNS_FLOOR": "1", "INITD_DNS_GRACE": "2"})
-    box.start()
-    talk = box.popen(client("talk", "a.wild.example", "22"))
-    assert talk.stdout is not None
-    assert talk.stdout.readline() == b"open\n"
+    box, talk = talking(lab)
     time.sleep(7.0)
     kill_warden(box)
     time.sleep(BACK)
